@@ -1,0 +1,165 @@
+"""Every touch on vLLM internals that may move. Each names its pin and its end.
+
+Hooks are probed by signature, never by version number; a missing one is a clear ``ConfigError`` at start.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from deltamem_vllm.errors import ConfigError
+
+_MARK = "_deltamem_wrapped"
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Any], Any], *, static: bool = False) -> None:
+    """Replace ``owner.name`` by ``make(original)`` once; a second call does nothing."""
+    original = getattr(owner, name, None)
+    if original is None:
+        raise ConfigError(
+            f"this vLLM has no {getattr(owner, '__name__', owner)}.{name}: deltamem_vllm needs vLLM 0.32; "
+            "install that version, or a deltamem-vllm made for yours"
+        )
+    if getattr(original, _MARK, False):
+        return
+    replacement = functools.wraps(original)(make(original))
+    setattr(replacement, _MARK, True)
+    setattr(owner, name, staticmethod(replacement) if static else replacement)
+
+
+def on_cli_args(extend: Callable[[Any], None]) -> None:
+    """Call ``extend(parser)`` whenever vLLM builds its engine arguments.
+
+    vllm 0.32: ``EngineArgs.add_cli_args``; until vLLM offers plugins a way to declare flags.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Any) -> Any:
+        def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+            parser = original(parser, *args, **kwargs)
+            extend(parser)
+            return parser
+
+        return add_cli_args
+
+    _wrap(EngineArgs, "add_cli_args", make, static=True)
+
+
+def on_engine_config(check: Callable[[Any], None]) -> None:
+    """Call ``check(vllm_config)`` once vLLM has made its configuration, before any process starts.
+
+    vllm 0.32: ``EngineArgs.create_engine_config``; until general plugins may validate a configuration.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Any) -> Any:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            vllm_config = original(self, *args, **kwargs)
+            check(vllm_config)
+            return vllm_config
+
+        return create_engine_config
+
+    _wrap(EngineArgs, "create_engine_config", make)
+
+
+def on_model_built(attach: Callable[[Any, Any], None]) -> None:
+    """Call ``attach(model, vllm_config)`` after the target model's modules exist and before its weights load.
+
+    Draft models of speculative decoding are left alone.
+    vllm 0.32: ``initialize_model`` as imported by each loader; until vLLM has a hook for wrapping modules.
+    """
+    utils = importlib.import_module("vllm.model_executor.model_loader.utils")
+    original = utils.initialize_model
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def initialize_model(vllm_config: Any, *, prefix: str = "", model_config: Any = None, **kwargs: Any) -> Any:
+        model = original(vllm_config=vllm_config, prefix=prefix, model_config=model_config, **kwargs)
+        if not prefix and not _is_draft(vllm_config, model_config):
+            attach(model, vllm_config)
+        return model
+
+    setattr(initialize_model, _MARK, True)
+    utils.initialize_model = initialize_model
+    for loader in ("base_loader", "tensorizer_loader", "weight_cache.ipc_loader"):
+        try:
+            module = importlib.import_module(f"vllm.model_executor.model_loader.{loader}")
+        except ImportError:  # an optional loader whose own dependency is not installed
+            continue
+        if getattr(module, "initialize_model", None) is original:
+            module.initialize_model = initialize_model  # type: ignore[attr-defined]
+
+
+def _is_draft(vllm_config: Any, model_config: Any) -> bool:
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return False
+    draft = getattr(speculative, "draft_model_config", None)
+    building = model_config if model_config is not None else vllm_config.model_config
+    return draft is not None and building is draft and draft is not getattr(speculative, "target_model_config", None)
+
+
+def split_graph_at(op: str) -> None:
+    """Have piecewise compilation split the graph at a custom op, as it does at attention.
+
+    vllm 0.32: ``CompilationConfig._attention_ops``; until out-of-tree attention ops can register.
+    """
+    from vllm.config import CompilationConfig
+
+    ops: list[str] | None = getattr(CompilationConfig, "_attention_ops", None)
+    if ops is None:
+        raise ConfigError("this vLLM has no CompilationConfig._attention_ops: deltamem_vllm needs vLLM 0.32")
+    if op not in ops:
+        ops.append(op)
+
+
+def register_connector(name: str, module: str) -> None:
+    """Make a connector known by name; ``MultiConnector`` looks its parts up there."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if name not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(name, module, name)
+
+
+def cache_dtype(vllm_config: Any) -> Any:
+    """dtype of attention's KV cache; a page of another dtype would turn on zeroing of every new block."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    return kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
+
+
+def cache_quant_mode(vllm_config: Any) -> Any:
+    """Quantisation mode of attention's KV cache, which a page in its group must share."""
+    from vllm.v1.kv_cache_interface import get_kv_quant_mode
+
+    return get_kv_quant_mode(vllm_config.cache_config.cache_dtype)
+
+
+def require_hooks() -> None:
+    """Refuse a vLLM that lacks a hook we stand on, before it fails in the middle of a request.
+
+    Raises:
+        ConfigError: names the missing hook.
+    """
+    import inspect
+
+    from vllm import __version__ as version
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.request import Request
+
+    wanted = {
+        "KVConnectorBase_V1.build_connector_worker_meta": hasattr(KVConnectorBase_V1, "build_connector_worker_meta"),
+        "KVConnectorBase_V1.on_new_request": hasattr(KVConnectorBase_V1, "on_new_request"),
+        "Request(session_id)": "session_id" in inspect.signature(Request.__init__).parameters,
+        "FullAttentionSpec(state_content_bytes)": "state_content_bytes" in FullAttentionSpec.__dataclass_fields__,
+    }
+    missing = [name for name, there in wanted.items() if not there]
+    if missing:
+        raise ConfigError(
+            f"vLLM {version} lacks {', '.join(missing)}: deltamem_vllm needs vLLM 0.32; install that version, or a "
+            "deltamem-vllm made for yours"
+        )

@@ -1,0 +1,112 @@
+"""Frozen settings. The only module that reads ``DELTAMEM_*`` from the environment.
+
+A setting comes from the command line (or vLLM's ``--config`` YAML), else from ``DELTAMEM_<NAME>``, else from its
+default. Settings travel inside vLLM's own configuration, in the connector's extra config, so that every process of
+the server (API, engine core, workers) sees the same values.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from deltamem_vllm.errors import ConfigError
+
+PLUGIN = "deltamem"
+CONNECTOR = "DeltaMemConnector"
+CONNECTOR_MODULE = "deltamem_vllm.sessions.connector"
+
+_HEADER = re.compile(r"^[A-Za-z][A-Za-z0-9-]{0,63}$")
+
+
+class Settings(BaseModel):
+    """What the operator decided. Frozen; one instance per server.
+
+    Attributes:
+        adapter: folder with ``delta_mem_config.json`` and the weights.
+        store: where sessions persist, as a URL (``sqlite:////abs/path.db``, ``memory://``).
+        session_slots: states kept in the session pool on the device.
+        session_header: HTTP header that names the session.
+        queue_depth: requests that may wait for one session before further ones get 409.
+        queue_seconds: how long one may wait for its session before it gets 409.
+        kernel: ``auto`` takes the compiled operator where it loads, ``torch`` forces the slow fallback.
+        control: folder of the sockets over which API servers talk to the engines; made at start.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapter: str
+    store: str
+    session_slots: int = Field(default=1024, ge=1, le=1 << 20)
+    session_header: str = "X-Session-ID"
+    queue_depth: int = Field(default=8, ge=0, le=10_000)
+    queue_seconds: float = Field(default=30.0, gt=0, le=3600)
+    kernel: Literal["auto", "native", "torch"] = "auto"
+    control: str = ""
+
+    @field_validator("session_header")
+    @classmethod
+    def _header_name(cls, value: str) -> str:
+        if not _HEADER.match(value):
+            raise ValueError(f"{value!r} is no HTTP header name (letters, digits and '-', at most 64)")
+        return value
+
+    def with_control(self) -> "Settings":
+        """The same settings with a fresh, private folder for the control sockets."""
+        return self.model_copy(update={"control": tempfile.mkdtemp(prefix="deltamem-")})
+
+    def control_address(self, data_parallel_rank: int) -> str:
+        """ZeroMQ address of one engine's control socket."""
+        return f"ipc://{self.control}/engine-{data_parallel_rank}"
+
+
+def default_store() -> str:
+    """SQLite in the user's data directory (``$XDG_DATA_HOME`` or ``~/.local/share``)."""
+    root = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return f"sqlite:///{Path(root).absolute() / 'deltamem' / 'sessions.db'}"
+
+
+def resolve(given: Mapping[str, Any]) -> Settings:
+    """Build settings from what the command line gave (``None`` means: not given) and the environment.
+
+    Raises:
+        ConfigError: a value is missing or wrong; names the flag, the value and the remedy.
+    """
+    values: dict[str, Any] = {}
+    for name in Settings.model_fields:
+        value = given.get(name)
+        if value is None:
+            value = os.environ.get(f"DELTAMEM_{name.upper()}")
+        if value is not None:
+            values[name] = value
+    if not values.get("adapter"):
+        raise ConfigError(
+            "no adapter: pass --deltamem-adapter DIR (or set DELTAMEM_ADAPTER), a folder with delta_mem_config.json "
+            "and the weights"
+        )
+    values["adapter"] = str(Path(values["adapter"]).expanduser().absolute())
+    values.setdefault("store", default_store())
+    try:
+        return Settings(**values)
+    except ValidationError as e:
+        first = e.errors()[0]
+        flag = "--deltamem-" + str(first["loc"][0]).replace("_", "-")
+        raise ConfigError(f"{flag}: {first['msg']} (given: {first['input']!r})") from None
+
+
+def settings_of(carrier: Any) -> Settings | None:
+    """The settings that travel in a ``VllmConfig`` (or parsed arguments), or None where δ-mem is not switched on."""
+    transfer = getattr(carrier, "kv_transfer_config", None)
+    if transfer is None:
+        return None
+    extra = transfer.kv_connector_extra_config or {}
+    candidates = [(transfer.kv_connector, extra)]
+    candidates += [(c.get("kv_connector"), c.get("kv_connector_extra_config") or {}) for c in extra.get("connectors", ())]
+    for name, options in candidates:
+        if name == CONNECTOR:
+            return Settings(**options[PLUGIN])
+    return None

@@ -1,0 +1,174 @@
+"""Where a layer's memory lives: pages inside attention's own KV-cache blocks.
+
+`StatePages` is an attention-like layer in vLLM's eyes. It asks for a KV cache of its own content size, lands in the
+same KV-cache group as attention, and so shares its block table, allocator and prefix cache. What one page holds is
+defined in `deltamem_vllm.ops.layout`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+
+from deltamem_vllm import compat
+from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.paged import WRITE_ALL
+
+SUFFIX = "deltamem"
+SMALLEST_KERNEL_BLOCK = 16
+"""vLLM may split a block for attention's kernel; a page's content is sized so that a part this small still holds it."""
+
+
+@dataclass
+class PageMetadata:
+    """Which tokens of this step belong to which request and block.
+
+    Attributes:
+        num_reqs: rows in use.
+        query_start_loc: [num_reqs + 1] int32, first token row of each request.
+        seq_lens: [num_reqs] int32, context length including this step's tokens.
+        block_table: [num_reqs, max_blocks] int32, kernel block ids.
+    """
+
+    num_reqs: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+
+
+class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
+    """Takes from vLLM's common metadata what the delta rule needs."""
+
+    # The operators here walk the batch on the host.
+    _cudagraph_support = AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> PageMetadata:
+        m = common_attn_metadata
+        return PageMetadata(m.num_reqs, m.query_start_loc, m.seq_lens, m.block_table_tensor)
+
+
+class PageBackend(AttentionBackend):
+    """The backend that vLLM asks about pages; it computes no attention."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "DELTAMEM"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        raise NotImplementedError("state pages are read and written by deltamem::scan, not by an attention impl")
+
+    @staticmethod
+    def get_builder_cls() -> type[PageMetadataBuilder]:
+        return PageMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """A page must be one contiguous run of bytes."""
+        return tuple(layout for layout in KVCacheLayout if layout.is_block_compact)
+
+
+class WriteLimits:
+    """Per request: from which position on tokens are only read. One table for all layers of a worker.
+
+    The limit is looked up at the request's first block. That is sound because it is part of the prefix-cache salt:
+    requests that share a first block have the same limit.
+
+    Attributes:
+        table: [kernel blocks] int32; -1 memory off, `WRITE_ALL` everything is written.
+    """
+
+    def __init__(self) -> None:
+        self.table = torch.empty(0, dtype=torch.int32)
+
+    def resize(self, blocks: int, device: torch.device) -> None:
+        """Make room for ``blocks`` kernel blocks, all of which write until somebody says otherwise."""
+        if self.table.shape[0] < blocks or self.table.device != device:
+            self.table = torch.full((blocks,), WRITE_ALL, dtype=torch.int32, device=device)
+
+
+class StatePages(nn.Module, AttentionLayerBase):
+    """One layer's pages.
+
+    Args:
+        prefix: unique layer name, ending in ``.deltamem``.
+        shape: the adapter's memory shape.
+        limits: the worker's shared write limits.
+        vllm_config: the engine's configuration, in whose forward context the layer registers.
+
+    Attributes:
+        pages: [kernel blocks, page_floats] fp32, a view of the KV cache; None until vLLM binds it.
+        tokens: tokens per page (N).
+        blocks_per_manager_block: kernel blocks that one block of vLLM's block manager is split into.
+    """
+
+    def __init__(self, prefix: str, shape: MemoryShape, limits: WriteLimits, vllm_config: VllmConfig) -> None:
+        super().__init__()
+        self.prefix, self.shape, self.limits = prefix, shape, limits
+        self.kv_cache = torch.tensor([])
+        self.pages: torch.Tensor | None = None
+        self.tokens = 0
+        self.blocks_per_manager_block = 1
+        self._manager_block = vllm_config.cache_config.block_size
+        layers = vllm_config.compilation_config.static_forward_context
+        if prefix in layers:
+            raise ConfigError(f"layer {prefix} is already registered: the model was wrapped twice")
+        layers[prefix] = self
+
+    def _floats_per_token(self, block_size: int) -> int:
+        return self.shape.floats_per_token(min(block_size, SMALLEST_KERNEL_BLOCK))
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+        block_size = vllm_config.cache_config.block_size
+        self._manager_block = block_size
+        return FullAttentionSpec(
+            block_size=block_size,
+            num_kv_heads=1,
+            max_tp_shards=1,
+            num_head_slots=1,
+            head_size=self.shape.rank,
+            dtype=compat.cache_dtype(vllm_config),
+            kv_quant_mode=compat.cache_quant_mode(vllm_config),
+            state_content_bytes=4 * self._floats_per_token(block_size),
+        )
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return PageBackend
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take the cache vLLM allocated, ``[B, 1, N, bytes per token]``, as fp32 pages."""
+        self.kv_cache = kv_cache
+        view = kv_cache.view(torch.float32)
+        blocks, one, tokens, floats = view.shape
+        if one != 1 or view.stride(3) != 1 or view.stride(2) != floats:
+            raise ConfigError(f"{self.prefix}: vLLM bound a KV cache {tuple(view.shape)} strided {view.stride()}; "
+                              "a page must be one contiguous run of floats")
+        if tokens * floats < self.shape.content_floats(tokens) or self._manager_block % tokens:
+            raise ConfigError(f"{self.prefix}: a page of {tokens} tokens and {floats} floats each cannot hold "
+                              f"{self.shape}; use a --block-size that is a multiple of {SMALLEST_KERNEL_BLOCK}")
+        self.tokens = tokens
+        self.blocks_per_manager_block = self._manager_block // tokens
+        self.pages = view.as_strided((blocks, tokens * floats), (view.stride(0), 1), view.storage_offset())
+        self.limits.resize(blocks, view.device)
+
+    def base_of(self, kernel_block: int) -> torch.Tensor:
+        """[H, r, r] view: the state before the first token of a kernel block."""
+        assert self.pages is not None
+        shape = self.shape
+        return self.pages[kernel_block, : shape.state_floats].view(shape.heads, shape.rank, shape.rank)

@@ -1,0 +1,47 @@
+"""The custom op that stands in the model's graph: activate, read and write one layer's memory for one step.
+
+``deltamem::scan(projected[T, C], bias, reads[T, R] (out), layer) -> ()``. It finds the step's metadata and the
+layer's pages in vLLM's forward context, so the compiled graph holds nothing that changes between steps.
+"""
+
+import torch
+from vllm.forward_context import get_forward_context
+
+from deltamem_vllm.memory.pages import StatePages
+from deltamem_vllm.ops.dispatch import PagedOps, select
+
+OP = "deltamem::scan"
+
+_kernels: dict[tuple[torch.device, str], PagedOps] = {}
+
+
+def kernels_for(device: torch.device, prefer: str = "auto") -> PagedOps:
+    """The paged operators for a device; chosen, and announced, once per process."""
+    key = (device, prefer)
+    if key not in _kernels:
+        _kernels[key] = select(device, prefer=prefer)
+    return _kernels[key]
+
+
+def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, layer: str) -> None:
+    context = get_forward_context()
+    if context.attn_metadata is None:  # profiling and warm-up: no request, no page
+        reads.zero_()
+        return
+    pages: StatePages = context.no_compile_layers[layer]
+    step = context.attn_metadata[layer]
+    pages.kernels.page_scan(
+        pages.shape, projected, bias, pages.pages, step.block_table, step.query_start_loc, step.seq_lens,
+        pages.limits.table, reads, pages.tokens, step.num_reqs,
+    )
+
+
+def _scan_shape(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, layer: str) -> None:
+    """Under tracing nothing runs: ``reads`` already has its shape."""
+
+
+_library = torch.library.Library("deltamem", "FRAGMENT")
+_library.define("scan(Tensor projected, Tensor bias, Tensor(a!) reads, str layer) -> ()")
+for _device in ("CPU", "CUDA"):
+    _library.impl("scan", _scan, _device)
+_library.impl("scan", _scan_shape, "Meta")

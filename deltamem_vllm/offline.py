@@ -1,0 +1,155 @@
+"""Sessions with an offline ``vllm.LLM``.
+
+    from deltamem_vllm.offline import SessionLLM, Turn
+
+    with SessionLLM("MODEL", adapter="ADAPTER_DIR", store="sqlite:////tmp/sessions.db") as llm:
+        [answer] = llm.run([Turn("My cat is called Bo.", session="mia")])
+        print(answer.text, answer.version)
+
+A `Turn` without a session runs from the empty memory, one with ``mode="off"`` on the bare model.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from deltamem_vllm.config import PLUGIN, resolve
+from deltamem_vllm.plugin import allow_plugins, register, transfer_config
+from deltamem_vllm.server.scope import TENANT, Mode, check_id
+from deltamem_vllm.sessions.control import BlockingControlClient
+from deltamem_vllm.sessions.grants import EXTRA
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One request.
+
+    Attributes:
+        prompt: text, token ids, or chat messages (rendered with the model's chat template).
+        session: id; None for no session.
+        mode: ``readwrite``, ``read`` or ``off``.
+        sampling: a ``vllm.SamplingParams``; None for the engine's default.
+    """
+
+    prompt: str | Sequence[int] | Sequence[dict[str, str]]
+    session: str | None = None
+    mode: Mode = "readwrite"
+    sampling: Any = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a turn: vLLM's own output, and what the session made of it."""
+
+    output: Any
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The generated text."""
+        return str(self.output.outputs[0].text)
+
+    @property
+    def version(self) -> int | None:
+        """The session's version after the turn; None without a session."""
+        return self.outcome.get("version")
+
+
+class SessionLLM:
+    """A ``vllm.LLM`` with sessions.
+
+    Args:
+        model: as for ``vllm.LLM``.
+        adapter, store, session_slots, kernel: as the ``--deltamem-*`` flags.
+        kwargs: passed to ``vllm.LLM``.
+
+    Attributes:
+        llm: the ``vllm.LLM``.
+    """
+
+    def __init__(
+        self, model: str, *, adapter: str | None = None, store: str | None = None, session_slots: int | None = None,
+        kernel: str | None = None, **kwargs: Any,
+    ) -> None:
+        from vllm import LLM
+
+        given = {"adapter": adapter, "store": store, "session_slots": session_slots, "kernel": kernel}
+        settings = resolve(given).with_control()
+        allow_plugins([PLUGIN])
+        register()
+        kwargs["kv_transfer_config"] = transfer_config(settings, kwargs.get("kv_transfer_config"))
+        self.llm = LLM(model, **kwargs)
+        self._control = BlockingControlClient(settings.control_address(0))
+
+    def run(self, turns: Sequence[Turn]) -> list[Answer]:
+        """Run turns together in one batch; returns when every commit is durable.
+
+        One session may appear once with ``readwrite``.
+
+        Raises:
+            CapacityError, SessionError: a turn was refused; none has run.
+        """
+        from vllm import SamplingParams
+
+        prompts, params, tickets = [], [], []
+        try:
+            for turn in turns:
+                sampling = (turn.sampling or SamplingParams()).clone()
+                prompt: dict[str, Any] = {"prompt_token_ids": self._tokens(turn.prompt)}
+                ticket = None
+                if turn.mode == "off":
+                    sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: {"mode": "off"}}
+                    prompt["cache_salt"] = "deltamem-off:"
+                elif turn.session is not None:
+                    grant = self._control.ask(
+                        "admit", tenant=TENANT, session=check_id(turn.session, "session"), mode=turn.mode, salt=None,
+                        tokens=np.asarray(prompt["prompt_token_ids"], np.int32).tobytes(), held=False,
+                    )
+                    ticket = grant["ticket"]
+                    sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: {"ticket": ticket}}
+                    prompt["cache_salt"] = grant["salt"]
+                tickets.append(ticket)
+                prompts.append(prompt)
+                params.append(sampling)
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        except BaseException:
+            for ticket in filter(None, tickets):
+                with contextlib.suppress(Exception):
+                    self._control.ask("verdict", ticket=ticket, tokens=None)
+            raise
+        return [Answer(output, self._outcome(ticket)) for output, ticket in zip(outputs, tickets, strict=True)]
+
+    def info(self, session: str) -> dict[str, Any] | None:
+        """What is known of a session, or None."""
+        found: dict[str, Any] | None = self._control.ask("info", tenant=TENANT, session=session)
+        return found
+
+    def delete(self, session: str) -> bool:
+        """Erase a session; False if there was none."""
+        return bool(self._control.ask("delete", tenant=TENANT, session=session)["existed"])
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._control.close()
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def __enter__(self) -> "SessionLLM":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _outcome(self, ticket: str | None) -> dict[str, Any]:
+        return {} if ticket is None else dict(self._control.ask("outcome", ticket=ticket))
+
+    def _tokens(self, prompt: Any) -> list[int]:
+        tokenizer = self.llm.get_tokenizer()
+        if isinstance(prompt, str):
+            return list(tokenizer.encode(prompt))
+        if prompt and isinstance(prompt[0], dict):
+            rendered = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+            return list(tokenizer.encode(rendered, add_special_tokens=False))
+        return [int(t) for t in prompt]

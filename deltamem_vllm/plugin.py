@@ -1,0 +1,165 @@
+"""vLLM's entry into the package, and the command-line flags.
+
+`register` runs in every vLLM process of an environment where the package is installed. It must change nothing until
+somebody asks for ``--plugin deltamem``: it declares flags and hooks that look for the settings and find none.
+"""
+
+import os
+from argparse import Namespace
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from deltamem_vllm import compat
+from deltamem_vllm.config import CONNECTOR, CONNECTOR_MODULE, PLUGIN, Settings, resolve
+from deltamem_vllm.errors import ConfigError
+
+_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+    "vllm.endpoint_plugins",
+)
+
+_FLAGS: dict[str, dict[str, Any]] = {
+    "adapter": {"metavar": "DIR", "help": "Adapter folder: delta_mem_config.json and the weights. Required."},
+    "store": {
+        "metavar": "URL",
+        "help": "Where sessions persist: sqlite:////absolute/path.db or memory:// (lost with the process). "
+        "Default: SQLite in the user's data directory.",
+    },
+    "session-slots": {"type": int, "metavar": "N", "help": "Session states kept in device memory (default 1024)."},
+    "session-header": {"metavar": "NAME", "help": "HTTP header that names the session (default X-Session-ID)."},
+    "queue-depth": {"type": int, "metavar": "N",
+                    "help": "Requests that may wait for one session; further ones get 409 (default 8)."},
+    "queue-seconds": {"type": float, "metavar": "S",
+                      "help": "How long a request may wait for its session before it gets 409 (default 30)."},
+    "kernel": {"choices": ["auto", "native", "torch"],
+               "help": "Delta-rule operators: auto takes the compiled ones and says so if it cannot (default auto)."},
+}
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``; safe to call any number of times."""
+    compat.on_cli_args(_add_flags)
+    compat.on_engine_config(_check_config)
+    compat.on_model_built(_attach)
+    compat.register_connector(CONNECTOR, CONNECTOR_MODULE)
+    compat.split_graph_at("deltamem::scan")
+
+
+def _check_config(vllm_config: Any) -> None:
+    from deltamem_vllm.memory.preflight import check
+
+    check(vllm_config)
+
+
+def _attach(model: Any, vllm_config: Any) -> None:
+    from deltamem_vllm.config import settings_of
+
+    if settings_of(vllm_config) is not None:
+        from deltamem_vllm.memory.attach import attach_memory
+
+        attach_memory(model, vllm_config)
+
+
+def _add_flags(parser: Any) -> None:
+    known = parser._option_string_actions
+    if "--plugin" not in known:  # should vLLM grow its own --plugin, that one is used
+        group = parser.add_argument_group("Plugins", "Out-of-tree vLLM plugins")
+        group.add_argument(
+            "--plugin", action="append", default=None, metavar="NAME",
+            help="Activate an installed vLLM plugin by name. May be repeated.",
+        )
+    if "--deltamem-adapter" in known:
+        return
+    group = parser.add_argument_group("DeltaMem", "Options of --plugin deltamem; each also as DELTAMEM_<NAME>")
+    for name, options in _FLAGS.items():
+        group.add_argument(f"--deltamem-{name}", default=None, **options)
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None, **kwargs: Any) -> Any:
+        parsed, rest = parse(args, namespace, **kwargs)
+        try:
+            _finalize(parsed)
+        except ConfigError as e:
+            parser.error(str(e))
+        return parsed, rest
+
+    parser.parse_known_args = parse_known_args  # this parser only
+
+
+def _finalize(parsed: Namespace) -> None:
+    """Turn the parsed flags into vLLM's own configuration."""
+    names = [n for value in (getattr(parsed, "plugin", None) or []) for n in str(value).split(",") if n]
+    given = {flag.replace("-", "_"): getattr(parsed, f"deltamem_{flag.replace('-', '_')}", None) for flag in _FLAGS}
+    if PLUGIN not in names:
+        used = [f"--deltamem-{n.replace('_', '-')}" for n, v in given.items() if v is not None]
+        if used:
+            raise ConfigError(f"{', '.join(used)} without --plugin deltamem: add --plugin deltamem")
+    if not names:
+        return
+    allow_plugins(names)
+    if PLUGIN not in names:
+        return
+    if getattr(parsed, "grpc", False):
+        raise ConfigError("--grpc bypasses the HTTP layer that sessions need: leave it out with --plugin deltamem")
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0", "false", "False"):
+        raise ConfigError(
+            "VLLM_USE_RUST_FRONTEND bypasses the Python HTTP layer that sessions need: unset it with --plugin deltamem"
+        )
+    parsed.kv_transfer_config = transfer_config(
+        resolve(given).with_control(), getattr(parsed, "kv_transfer_config", None)
+    )
+
+
+def allow_plugins(names: list[str]) -> None:
+    """Put plugins on vLLM's allowlist (``VLLM_PLUGINS``), which child processes and endpoint plugins read.
+
+    Raises:
+        ConfigError: a name that no installed plugin has, or an allowlist of the user's that leaves us out.
+    """
+    installed = {group: {e.name for e in entry_points(group=group)} for group in _GROUPS}
+    known = set().union(*installed.values())
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--plugin {name}: no installed vLLM plugin has that name (installed: {', '.join(sorted(known)) or 'none'})"
+            )
+    current = os.environ.get("VLLM_PLUGINS")
+    if current is None:  # unset means: every plugin but the endpoint plugins
+        endpoint = installed["vllm.endpoint_plugins"] - set(names)
+        allowed = sorted(set().union(*(v for k, v in installed.items() if k != "vllm.endpoint_plugins")) - endpoint)
+    else:
+        allowed = [n for n in current.split(",") if n]
+        if PLUGIN in names and PLUGIN not in allowed:
+            raise ConfigError(
+                f"VLLM_PLUGINS={current!r} leaves deltamem out: add deltamem to it, or unset it, with --plugin deltamem"
+            )
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, *names]))
+
+
+def transfer_config(settings: Settings, users: Any = None) -> Any:
+    """The KV-transfer configuration that selects our connector; a connector of the user's is kept beside it."""
+    from vllm.config import KVTransferConfig
+
+    ours = {
+        "kv_connector": CONNECTOR,
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {PLUGIN: settings.model_dump()},
+    }
+    if users is None:
+        return KVTransferConfig(**ours)
+    theirs = asdict(users) if is_dataclass(users) and not isinstance(users, type) else dict(users)
+    if theirs.get("kv_connector") in (None, CONNECTOR):
+        return KVTransferConfig(**ours)
+    kept = ("kv_connector", "kv_connector_module_path", "kv_role", "kv_connector_extra_config")
+    return KVTransferConfig(
+        kv_connector="MultiConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={
+            "connectors": [{k: theirs[k] for k in kept if theirs.get(k) is not None}, ours]
+        },
+    )

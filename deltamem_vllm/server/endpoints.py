@@ -1,0 +1,41 @@
+"""vLLM's endpoint plugin: our middleware and the routes under ``/v1/sessions``.
+
+Listing, forking, resetting, rolling back, exporting and importing sessions will live beside `routes`.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI
+
+from deltamem_vllm.config import PLUGIN, settings_of
+from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.server.gateway import Gateway
+from deltamem_vllm.server.middleware import SessionMiddleware
+from deltamem_vllm.server.routes import make_router
+from deltamem_vllm.sessions.control import ControlClient
+
+
+class DeltaMemEndpoints:
+    """Entry point ``vllm.endpoint_plugins``."""
+
+    name = PLUGIN
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes and, innermost (inside authentication), the middleware."""
+        settings = settings_of(app.state.args)
+        app.add_middleware(SessionMiddleware, session_header=settings.session_header if settings else "X-Session-ID")
+        app.include_router(make_router())
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Connect to the engines' session services and put the gateway in front of the engine."""
+        settings = settings_of(engine_client.vllm_config)
+        if settings is None:
+            raise ConfigError("the deltamem endpoint plugin runs only with --plugin deltamem: add it, or take deltamem "
+                              "out of VLLM_PLUGINS")
+        ranks = engine_client.vllm_config.parallel_config.data_parallel_size
+        clients = [ControlClient(settings.control_address(rank)) for rank in range(ranks)]
+        state.deltamem = gateway = Gateway(clients, settings.queue_seconds)
+        engine_client.generate = gateway.wrap(engine_client.generate)
+

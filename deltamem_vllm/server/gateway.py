@@ -1,0 +1,156 @@
+"""The one place where every endpoint's request passes on its way to the engine.
+
+vLLM resolves the effective session id (body before header before ``vllm_xargs``) and calls
+``engine_client.generate``; wrapping that call serves chat, completions, responses, messages and batches alike.
+"""
+
+import asyncio
+import contextlib
+import copy
+import zlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import numpy as np
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
+
+from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError
+from deltamem_vllm.server.scope import TENANT, Scope, check_id, current
+from deltamem_vllm.sessions.control import ControlClient
+from deltamem_vllm.sessions.grants import EXTRA
+
+OUTCOME_TIMEOUT = 30.0
+ADMIT_MARGIN = 10.0
+
+
+class Gateway:
+    """Admits requests to sessions and waits for their outcomes.
+
+    Args:
+        clients: control clients of the engines, by data-parallel rank.
+        queue_seconds: how long an admission may take.
+    """
+
+    def __init__(self, clients: Sequence[ControlClient], queue_seconds: float) -> None:
+        self.clients = clients
+        self.queue_seconds = queue_seconds
+
+    def rank_of(self, session: str) -> int:
+        """The engine that serves a session: always the same one, so that its memory has one owner."""
+        return zlib.crc32(f"{TENANT}/{session}".encode()) % len(self.clients)
+
+    def client_of(self, session: str) -> ControlClient:
+        """The control client of that engine."""
+        return self.clients[self.rank_of(session)]
+
+    def wrap(self, generate: Any) -> Any:
+        """``engine_client.generate`` with sessions."""
+
+        def with_sessions(prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
+            scope = current.get() or Scope()
+            try:
+                return self._start(generate, scope, prompt, sampling_params, request_id, kwargs)
+            except SessionError as e:
+                scope.failure = e
+                raise VLLMValidationError(str(e), parameter=e.parameter) from None
+
+        return with_sessions
+
+    def _start(
+        self, generate: Any, scope: Scope, prompt: Any, params: Any, request_id: str, kwargs: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        params = copy.copy(params)  # several prompts of one HTTP request share one object
+        extra = dict(params.extra_args or {})
+        extra.pop(EXTRA, None)  # never trust a client's
+        session = kwargs.get("session_id")
+        if session:
+            check_id(session, "session_id")
+        if scope.mode == "off":
+            params.extra_args = {**extra, EXTRA: {"mode": "off"}}
+            return generate(_salted(prompt, "deltamem-off"), params, request_id, **kwargs)  # type: ignore[no-any-return]
+        if not session:
+            params.extra_args = extra or None
+            return generate(_salted(prompt, "deltamem-none", always=False), params, request_id, **kwargs)  # type: ignore[no-any-return]
+        tokens = _token_ids(prompt)
+        if scope.mode == "readwrite":
+            scope.engine_calls += 1
+            if params.n > 1 or scope.engine_calls > 1:
+                raise SessionError(
+                    f"session {session!r}: n > 1, beam search and several prompts in one request leave open which of "
+                    "the answers the session is to remember: ask for one, or send X-DeltaMem-Mode: read",
+                    status=400, parameter="n",
+                )
+        if len(self.clients) > 1:
+            kwargs["data_parallel_rank"] = self.rank_of(session)
+        params.extra_args = extra
+        return self._run(generate, scope, session, tokens, prompt, params, request_id, kwargs)
+
+    async def _run(
+        self, generate: Any, scope: Scope, session: str, tokens: np.ndarray, prompt: Any, params: Any,
+        request_id: str, kwargs: dict[str, Any],
+    ) -> AsyncIterator[Any]:
+        client = self.client_of(session)
+        try:
+            grant = await client.ask(
+                "admit", timeout=self.queue_seconds + ADMIT_MARGIN, tenant=TENANT, session=session, mode=scope.mode,
+                tokens=tokens.tobytes(), salt=prompt.get("cache_salt"), held=bool(params.stop),
+            )
+        except DeltaMemError as e:
+            scope.failure = e
+            raise VLLMValidationError(str(e)) from None
+        ticket = grant["ticket"]
+        params.extra_args = {**params.extra_args, EXTRA: {"ticket": ticket}}
+        prompt = {**prompt, "cache_salt": grant["salt"]}
+        sampled, settled = 0, False
+        try:
+            async with contextlib.aclosing(generate(prompt, params, request_id, **kwargs)) as outputs:
+                async for output in outputs:
+                    choice = output.outputs[0] if output.outputs else None
+                    if choice is not None:
+                        new = len(choice.token_ids)
+                        sampled = sampled + new if params.output_kind == RequestOutputKind.DELTA else new
+                    if output.finished:
+                        if choice is not None and isinstance(choice.stop_reason, str):
+                            # The engine sees an abort; only here it is known that a stop string ended the answer.
+                            await client.ask("verdict", ticket=ticket, tokens=len(tokens) + sampled - 1)
+                        settled = True
+                        scope.outcome = await self._outcome(client, ticket, session)
+                    yield output
+        finally:
+            if not settled:  # the client left, or the engine failed: nothing of this is remembered
+                with contextlib.suppress(Exception):
+                    await asyncio.shield(client.ask("verdict", ticket=ticket, tokens=None, timeout=5.0))
+
+    @staticmethod
+    async def _outcome(client: ControlClient, ticket: str, session: str) -> dict[str, Any]:
+        """The last byte of the answer leaves after this: durable, or reported."""
+        try:
+            return dict(await client.ask("outcome", timeout=OUTCOME_TIMEOUT, ticket=ticket))
+        except (CapacityError, SessionError) as e:
+            return {"status": "unknown", "session": session, "error": str(e)}
+
+
+def _token_ids(prompt: Any) -> np.ndarray:
+    """The prompt's token ids as int32.
+
+    Raises:
+        SessionError: 400; embeddings and streamed inputs have no token ids to plan a window with.
+    """
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    if not ids or prompt.get("prompt_embeds") is not None:
+        raise SessionError(
+            "a session needs a prompt of tokens: prompt embeddings and streamed inputs cannot be used with one",
+            status=400, parameter="session_id",
+        )
+    return np.asarray(ids, dtype=np.int32)
+
+
+def _salted(prompt: Any, kind: str, always: bool = True) -> Any:
+    """A prompt whose cached blocks are its kind's own: no client's salt can equal one of ours."""
+    if not isinstance(prompt, dict):
+        return prompt
+    theirs = prompt.get("cache_salt")
+    if theirs is None and not always:
+        return prompt
+    return {**prompt, "cache_salt": f"{kind}:{theirs or ''}"}

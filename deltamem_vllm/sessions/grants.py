@@ -1,0 +1,77 @@
+"""What a request was granted: from which state it starts, what it may write, and what it will commit against."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from deltamem_vllm.sessions.windows import WRITE_ALL, Mode, Plan
+from deltamem_vllm.store.protocol import Expect, SessionKey
+
+#: Name of our entry in a request's ``sampling_params.extra_args``.
+EXTRA = "deltamem"
+
+ZERO = "zero"
+"""Digest of the empty memory."""
+
+OutcomeStatus = Literal["committed", "unchanged", "aborted", "conflict", "failed", "unknown"]
+
+
+@dataclass(frozen=True)
+class Grant:
+    """One admitted request.
+
+    Attributes:
+        ticket: names the request between the API process and the engine.
+        key: the session.
+        mode: ``readwrite`` owns the session until its outcome is known; ``read`` runs on a snapshot.
+        plan: how its prompt relates to the session's window.
+        prompt_tokens: length of the prompt it was planned for.
+        base: [layers, H, r, r] fp32 state before the prompt's first token; None is the empty memory.
+        base_digest: identifies ``base`` by content.
+        write_limit: positions at or past it are read only.
+        expect: what the store must hold for the commit; None for a session without a record.
+        incarnation: the session's; a deleted and re-created session has another one.
+        held_for_verdict: an abort of this request may be a stop string; wait for the API process to say.
+    """
+
+    ticket: str
+    key: SessionKey
+    mode: Mode
+    plan: Plan
+    prompt_tokens: int
+    base: np.ndarray | None
+    base_digest: str
+    write_limit: int
+    expect: Expect | None
+    incarnation: str
+    held_for_verdict: bool = False
+
+    @property
+    def commits(self) -> bool:
+        """Whether the request leaves something behind."""
+        return self.mode == "readwrite"
+
+
+def state_digest(state: np.ndarray | None) -> str:
+    """Hex name of a state's content: equal names, equal bits."""
+    if state is None:
+        return ZERO
+    return hashlib.blake2b(np.ascontiguousarray(state).tobytes(), digest_size=16).hexdigest()
+
+
+def cache_salt(key: SessionKey, incarnation: str, base_digest: str, limit: int, adapter: str, clients: str | None) -> str:
+    """Prefix-cache salt of a request of a session.
+
+    A cached block is right for a request only if the tokens before it *and* the memory they started from are equal,
+    and if the same of them were written. All of that goes in, so that blocks made from another memory, or in another
+    session, can never be taken for ours. The incarnation is random, so no client can name another's salt.
+    """
+    parts = [key.tenant, key.session, incarnation, base_digest, "all" if limit == WRITE_ALL else str(limit), adapter,
+             clients or ""]
+    hasher = hashlib.blake2b(digest_size=16, person=b"deltamem-salt")
+    for part in parts:
+        raw = part.encode()
+        hasher.update(len(raw).to_bytes(4, "little") + raw)
+    return f"deltamem-{hasher.hexdigest()}"

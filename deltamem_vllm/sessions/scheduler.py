@@ -1,0 +1,198 @@
+"""The scheduler's half of the connector: what each request starts from, and what becomes of it.
+
+Everything here runs on the engine's scheduling thread: no store, no socket, no hashing of prompts. Those are the
+session service's work; it is asked and told without waiting.
+"""
+
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from vllm.v1.request import Request, RequestStatus
+
+from deltamem_vllm.ops.paged import WRITE_ALL, WRITE_OFF
+from deltamem_vllm.sessions.grants import EXTRA, ZERO, Grant, state_digest
+from deltamem_vllm.sessions.service import VERDICT_SECONDS, SessionService
+from deltamem_vllm.sessions.slots import SlotTable
+from deltamem_vllm.sessions.steps import Answer, Commit, Seed, Step
+
+logger = logging.getLogger("vllm.deltamem")
+
+_COMPLETE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_REPETITION)
+
+
+@dataclass
+class Held:
+    """A finished request whose blocks we keep until its state is taken, or it is clear that it will not be."""
+
+    grant: Grant
+    tokens: list[int]  # all of its tokens, sampled ones included
+    blocks: list[int]
+    deadline: float = 0.0
+
+
+@dataclass
+class Parts:
+    """A session state arriving from the pipeline stages."""
+
+    fed: list[int]
+    grant: Grant
+    state: np.ndarray
+    missing: set[int] = field(default_factory=set)
+
+
+class SchedulerSide:
+    """Follows requests through the scheduler.
+
+    Args:
+        service: this engine's session service.
+        group: index of the KV-cache group that holds the state pages.
+        block_size: tokens per block of the block manager.
+        state_shape: [layers, H, r, r] of a session.
+        slots: size of the session pool.
+    """
+
+    def __init__(
+        self, service: SessionService, group: int, block_size: int, state_shape: tuple[int, ...], slots: int
+    ) -> None:
+        self._service, self.group = service, group
+        self._block_size, self._state_shape = block_size, state_shape
+        self._slots = SlotTable(slots)
+        self._grants: dict[str, Grant] = {}
+        self._off: set[str] = set()
+        self._step = Step()
+        self._held: dict[str, Held] = {}
+        self._taking: dict[str, Parts] = {}
+
+    # ------------------------------------------------------------------ a request comes
+
+    def arrive(self, request: Request) -> None:
+        """Find out what an arriving request was granted."""
+        params = request.sampling_params
+        ours = (params.extra_args or {}).get(EXTRA) if params is not None else None
+        if not isinstance(ours, dict):
+            return
+        if ours.get("mode") == "off":
+            self._off.add(request.request_id)
+            return
+        grant = self._service.claim(ours.get("ticket", ""))
+        if grant is not None:
+            self._grants[request.request_id] = grant
+            return
+        # Too late: run it without memory, under a salt of its own, and commit nothing.
+        logger.warning("request %s came with a session ticket that has expired", request.request_id)
+        self._off.add(request.request_id)
+        request.cache_salt = f"expired-{uuid.uuid4().hex}"
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
+    def plan_step(self, output: Any) -> Step:
+        """The orders that go with one scheduler output: seeds for everything that starts or starts again.
+
+        Workers carry out commits, zeroing and seeds in this order, so slots are given out in the same order.
+        """
+        if self._held:
+            self._hear_verdicts()
+        while self._service.erased_states:
+            if (slot := self._slots.drop(self._service.erased_states.pop())) is not None:
+                self._step.zero.append(slot)
+        for new in output.scheduled_new_reqs:  # V2's model runner lists resumed requests here too
+            self._seed(new.req_id, new.block_ids[self.group], new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for i, request in enumerate(cached.req_ids if cached.resumed_req_ids else ()):
+            if request in cached.resumed_req_ids and cached.new_block_ids[i] is not None:
+                self._seed(request, cached.new_block_ids[i][self.group], cached.num_computed_tokens[i])
+        step, self._step = self._step, Step()
+        return step
+
+    def _seed(self, request: str, blocks: list[int], computed: int) -> None:
+        if not blocks:
+            return
+        grant = self._grants.get(request)
+        seed = Seed(request, blocks[0], WRITE_ALL, write_base=computed == 0)
+        if grant is not None:
+            seed.limit = grant.write_limit
+            if computed == 0 and grant.base is not None:
+                seed.slot = self._slots.find(grant.base_digest)
+                if seed.slot is None:
+                    seed.slot, seed.fill = self._slots.take(grant.base_digest), grant.base.tobytes()
+        elif request in self._off:
+            seed.limit, seed.write_base = WRITE_OFF, False
+        self._step.seeds.append(seed)
+
+    # ------------------------------------------------------------------ a request ends
+
+    def finish(self, request: Request, blocks: list[int]) -> bool:
+        """A request ended. True if its blocks must be kept until its state has been taken."""
+        self._off.discard(request.request_id)
+        grant = self._grants.pop(request.request_id, None)
+        if grant is None:
+            return False
+        if not grant.commits:
+            self._service.end(grant.ticket, "unchanged")
+            return False
+        held = Held(grant, list(request.all_token_ids), list(blocks), time.monotonic() + VERDICT_SECONDS)
+        if request.status in _COMPLETE:
+            # The last sampled token has not been fed. Exact even where the device has already run past it.
+            return self._take(request.request_id, held, request.num_tokens - 1)
+        if grant.held_for_verdict and request.status == RequestStatus.FINISHED_ABORTED and blocks:
+            self._held[request.request_id] = held
+            return True
+        self._service.end(grant.ticket, "aborted")
+        return False
+
+    def _take(self, request: str, held: Held, fed: int) -> bool:
+        if fed < held.grant.prompt_tokens or (fed - 1) // self._block_size >= len(held.blocks):
+            self._service.end(held.grant.ticket, "failed", f"{fed} tokens fed, of a prompt of {held.grant.prompt_tokens}")
+            return False
+        block = held.blocks[(fed - 1) // self._block_size]
+        count = (fed - 1) % self._block_size + 1
+        self._step.commits.append(Commit(request, block, count, self._slots.take(request)))
+        layers = set(range(self._state_shape[0]))
+        self._taking[request] = Parts(held.tokens[:fed], held.grant, np.empty(self._state_shape, np.float32), layers)
+        return True
+
+    def _hear_verdicts(self) -> None:
+        """Aborted requests: a stop string ended them (commit at the cut), or the client left (commit nothing)."""
+        for request, held in list(self._held.items()):
+            given, fed = self._service.verdict(held.grant.ticket)
+            if not given and time.monotonic() < held.deadline:
+                continue
+            del self._held[request]
+            if fed is None or not self._take(request, held, min(fed, len(held.tokens))):
+                if fed is None:
+                    self._service.end(held.grant.ticket, "aborted")
+                self._step.release.append(request)
+
+    def receive(self, answer: Answer) -> None:
+        """States that workers took, and what went wrong."""
+        for request, message in answer.errors.items():
+            parts = self._taking.pop(request, None)
+            grant = parts.grant if parts is not None else self._grants.get(request)
+            self._slots.drop(request)
+            if grant is not None:
+                self._service.end(grant.ticket, "failed", message)
+        for request, pieces in answer.states.items():
+            parts = self._taking.get(request)
+            if parts is None:
+                continue
+            for layers, payload in pieces:
+                piece = np.frombuffer(payload, np.float32).reshape(len(layers), *self._state_shape[1:])
+                parts.state[list(layers)] = piece
+                parts.missing.difference_update(layers)
+            if not parts.missing:
+                del self._taking[request]
+                digest = state_digest(parts.state if parts.state.any() else None)
+                if digest == ZERO:
+                    self._slots.drop(request)
+                else:
+                    self._slots.rename(request, digest)
+                self._service.commit(parts.grant.ticket, parts.fed, parts.state)
+
+    @property
+    def busy(self) -> bool:
+        """Orders wait for a step that may not come by itself."""
+        return bool(self._step.commits or self._step.release or self._held)

@@ -1,0 +1,367 @@
+"""The session service of one engine: admission, ownership, commits. One thread with one event loop.
+
+It lives in the engine-core process, beside the scheduler, and is talked to from two sides:
+
+* API processes ask over a socket (`deltamem_vllm.sessions.control`): admit this prompt to that session; what became
+  of this ticket; what is known of that session; delete it.
+* The scheduler's thread claims a ticket's grant when the request arrives, and reports how it ended. Those calls never
+  block: whatever touches the store or hashes a prompt happens on this thread, on a loader thread or on the writer's.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from deltamem_vllm.errors import CorruptRecord, SessionError, StaleVersion, StoreError
+from deltamem_vllm.sessions import windows
+from deltamem_vllm.sessions.directory import Directory, Session
+from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
+from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore
+from deltamem_vllm.store.url import open_store
+from deltamem_vllm.store.writer import CommitWriter
+
+logger = logging.getLogger("vllm.deltamem")
+
+CLAIM_SECONDS = 60.0
+"""A grant that no request has claimed after this long is taken back: its API process is gone."""
+VERDICT_SECONDS = 10.0
+"""How long the blocks of an aborted request wait to hear whether a stop string ended it."""
+OUTCOME_SECONDS = 600.0
+"""How long an outcome nobody asked for is remembered."""
+RECORD_BUDGET = 256 << 20
+"""Bytes of records kept in host memory."""
+
+
+@dataclass
+class Ticket:
+    """A grant on its way: claimed or not, its outcome, what the API process said of an aborted one."""
+
+    grant: Grant
+    deletions: int
+    version: int
+    outcome: "asyncio.Future[dict[str, Any]]"
+    claimed: bool = False
+    verdict: int | None = None
+    verdict_given: bool = False
+    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+
+class SessionService:
+    """Sessions of one engine.
+
+    Args:
+        store_url: where records persist.
+        layout: name of the states' shape, part of every record.
+        adapter: adapter fingerprint.
+        model: backbone fingerprint.
+        state_shape: [layers, H, r, r].
+        queue_depth, queue_seconds: see `deltamem_vllm.config.Settings`.
+    """
+
+    def __init__(
+        self, *, store_url: str, layout: str, adapter: str, model: str, state_shape: tuple[int, ...],
+        queue_depth: int, queue_seconds: float,
+    ) -> None:
+        self.layout, self.adapter, self.model, self.state_shape = layout, adapter, model, state_shape
+        self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
+        self.store: StateStore = open_store(store_url)
+        self.writer = CommitWriter(self.store)
+        self.directory = Directory(RECORD_BUDGET)
+        self.erased_states: list[str] = []
+        self._tickets: dict[str, Ticket] = {}
+        self._claims = threading.Lock()
+        self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-load")
+        self._serve: Callable[[SessionService], Any] | None = None
+        self._started = threading.Event()
+        self._start_error: BaseException | None = None
+        self._stop: asyncio.Event | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._thread = threading.Thread(target=self._run, name="deltamem-sessions", daemon=True)
+
+    # ------------------------------------------------------------------ life
+
+    def start(self, serve: Callable[["SessionService"], Any]) -> None:
+        """Start the thread; ``serve(service)`` is a coroutine function that answers the API processes."""
+        self._serve = serve
+        self._thread.start()
+        self._started.wait()
+        if self._start_error is not None:
+            raise self._start_error
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Let running commits become durable, then stop."""
+        if self._thread.is_alive() and self._stop is not None:
+            self._call(self._stop.set)
+            self._thread.join(timeout)
+        self.writer.close(timeout)
+        self._loaders.shutdown(wait=False)
+        self.store.close()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except BaseException as e:  # noqa: BLE001 - reported to whoever waits in start()
+            self._start_error = e
+            logger.exception("the session service stopped")
+        finally:
+            self._started.set()
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        assert self._serve is not None
+        server = asyncio.ensure_future(self._serve(self))
+        await asyncio.sleep(0)
+        self._started.set()
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({server, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if server.done():
+            server.result()
+        while self._tasks:  # commits under way
+            await asyncio.wait(self._tasks, timeout=5.0)
+        server.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await server
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop is closed: the engine is going down
+            logger.warning("the session service is stopped; %s was not done", getattr(function, "__name__", function))
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ------------------------------------------------------------------ asked by API processes
+
+    async def admit(
+        self, key: SessionKey, mode: windows.Mode, tokens: np.ndarray, clients_salt: str | None, held: bool
+    ) -> dict[str, Any]:
+        """Give a prompt its place in a session: waits for its turn, reads the record, plans the window.
+
+        Returns:
+            ticket and prefix-cache salt for the engine request; the version it starts from; tokens already written.
+
+        Raises:
+            CapacityError: the session is busy (409). CorruptRecord, StoreUnavailable: its memory cannot be read.
+        """
+        session = self.directory.get(key)
+        self.directory.trim()
+        ticket = secrets.token_hex(16)
+        if mode == "readwrite":
+            async with self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds):
+                return await self._grant(session, ticket, mode, tokens, clients_salt, held)
+        return await self._grant(session, ticket, mode, tokens, clients_salt, held)
+
+    async def _grant(
+        self, session: Session, ticket: str, mode: windows.Mode, tokens: np.ndarray, salt: str | None, held: bool
+    ) -> dict[str, Any]:
+        record = await self._record(session)
+        window = windows.unpack(record.window) if record is not None else None
+        plan = windows.plan(window, tokens)  # type: ignore[arg-type]
+        base = None
+        if record is not None:
+            base = record.end if plan.kind == "new" else record.base
+            base = base if base.any() else None  # the empty memory has one name only
+        grant = Grant(
+            ticket=ticket, key=session.key, mode=mode, plan=plan, prompt_tokens=len(tokens), base=base,
+            base_digest=state_digest(base), write_limit=windows.write_limit(plan, mode, len(tokens)),
+            expect=Expect(record.version, record.incarnation) if record is not None else None,
+            incarnation=session.incarnation, held_for_verdict=held,
+        )
+        version = record.version if record is not None else 0
+        entry = Ticket(grant, session.deletions, version, self._loop.create_future())
+        self._tickets[ticket] = entry
+        entry.timer = self._loop.call_later(CLAIM_SECONDS, self._expire, ticket)
+        return {
+            "ticket": ticket,
+            "salt": cache_salt(session.key, grant.incarnation, grant.base_digest, grant.write_limit, self.adapter, salt),
+            "version": version,
+            "window": plan.kind,
+            "matched": plan.matched,
+        }
+
+    async def _record(self, session: Session) -> Record | None:
+        async with session.loading:
+            if not session.loaded:
+                record = await self._loop.run_in_executor(self._loaders, self.store.get, session.key)
+                if record is not None:
+                    self._verify(record)
+                session.set_record(record)
+            return session.record
+
+    def _verify(self, record: Record) -> None:
+        """Refuse a memory made with another adapter, model or shape; zeroing it silently would lose it."""
+        for what, have, want in (
+            ("adapter", record.adapter, self.adapter), ("model", record.model, self.model),
+            ("layout", record.layout, self.layout),
+        ):
+            if have != want:
+                raise SessionError(
+                    f"session {record.key.session!r} was written with {what} {have}, this server runs {want}: serve it "
+                    "with what it was written with, or delete the session",
+                    status=422, parameter="session_id",
+                )
+
+    async def outcome(self, ticket: str) -> dict[str, Any]:
+        """What became of a ticket: waits until it is known, and durable where it was a commit."""
+        entry = self._tickets.get(ticket)
+        if entry is None:
+            return {"status": "unknown", "error": "this ticket is not known (any more)"}
+        result = await asyncio.shield(entry.outcome)
+        self._tickets.pop(ticket, None)
+        return result
+
+    def give_verdict(self, ticket: str, tokens: int | None) -> None:
+        """The API process says of a request: commit it after ``tokens`` tokens (a held one), or (None) drop it."""
+        entry = self._tickets.get(ticket)
+        if entry is None:
+            return
+        entry.verdict, entry.verdict_given = tokens, True
+        if tokens is None:  # where the engine refused the request it never claimed its ticket
+            self._withdraw(ticket, "the request ended before it reached the engine")
+
+    async def info(self, key: SessionKey) -> dict[str, Any] | None:
+        """What is known of a session, or None where it has no record."""
+        record = await self._record(self.directory.get(key))
+        if record is None:
+            return None
+        window = windows.unpack(record.window)
+        return {
+            "version": record.version,
+            "created_at": record.created_at,
+            "updated_at": record.updated_at,
+            "tokens": record.tokens,
+            "windows": record.windows,
+            "window_tokens": window.end.count if window is not None else 0,
+            "state_bytes": record.end.nbytes,
+            "adapter": record.adapter,
+            "busy": self.directory.get(key).owner is not None,
+        }
+
+    async def delete(self, key: SessionKey) -> bool:
+        """Erase a session everywhere. A request that runs meanwhile finishes and commits nothing."""
+        session = self.directory.get(key)
+        async with session.loading:
+            existed = await self._loop.run_in_executor(self._loaders, self.store.delete, key)
+            if session.record is not None:
+                self.erased_states += [state_digest(session.record.base), state_digest(session.record.end)]
+            session.erase()
+        return bool(existed)
+
+    # ------------------------------------------------------------------ called by the scheduler's thread
+
+    def claim(self, ticket: str) -> Grant | None:
+        """The grant of an arriving request; None if there is none (any more). Never blocks."""
+        with self._claims:
+            entry = self._tickets.get(ticket)
+            if entry is None or entry.claimed:
+                return None
+            entry.claimed = True
+        return entry.grant
+
+    def verdict(self, ticket: str) -> tuple[bool, int | None]:
+        """Whether the API process has spoken about a held request, and the token count to commit at."""
+        entry = self._tickets.get(ticket)
+        return (True, None) if entry is None else (entry.verdict_given, entry.verdict)
+
+    def end(self, ticket: str, status: str, error: str = "") -> None:
+        """The request ended without a commit (``unchanged``, ``aborted`` or ``failed``). Never blocks."""
+        self._call(self._settle, ticket, {"status": status, "error": error})
+
+    def commit(self, ticket: str, tokens_fed: list[int], state: np.ndarray) -> None:
+        """The request ended; make ``state [layers, H, r, r]`` after ``tokens_fed`` durable. Never blocks."""
+        self._call(lambda: self._spawn(self._commit(ticket, tokens_fed, state)))
+
+    # ------------------------------------------------------------------ inside
+
+    async def _commit(self, ticket: str, tokens_fed: list[int], state: np.ndarray) -> None:
+        entry = self._tickets.get(ticket)
+        if entry is None:
+            return
+        grant, session = entry.grant, self.directory.get(entry.grant.key)
+        try:
+            if session.deletions != entry.deletions:
+                raise StaleVersion(f"session {grant.key.session!r} was deleted while the request ran")
+            record = self._next_record(grant, session.record, tokens_fed, state)
+            await asyncio.wrap_future(self.writer.submit(record, grant.expect))
+            if session.deletions == entry.deletions:
+                session.set_record(record)
+            result = {"status": "committed", "version": record.version, "error": ""}
+        except StaleVersion as e:
+            session.forget()
+            result = {"status": "conflict", "error": str(e)}
+        except StoreError as e:
+            session.forget()
+            logger.error("session memory was not saved: %s", e)
+            result = {"status": "failed", "error": str(e)}
+        except Exception as e:
+            session.forget()
+            logger.exception("a commit failed")
+            result = {"status": "failed", "error": f"{type(e).__name__}: {e}"}
+        self._settle(ticket, result)
+
+    def _next_record(
+        self, grant: Grant, last: Record | None, tokens_fed: list[int], state: np.ndarray
+    ) -> Record:
+        if not np.isfinite(state).all():
+            raise CorruptRecord("the state after this request is not finite; it was not saved")
+        now = time.time()
+        base = grant.base if grant.base is not None else np.zeros(self.state_shape, np.float32)
+        before = last.tokens if last else 0
+        if last and grant.plan.kind != "new":  # the window is written again from its base
+            before -= _window_tokens(last)
+        return Record(
+            key=grant.key,
+            version=(grant.expect.version if grant.expect else 0) + 1,
+            incarnation=grant.incarnation,
+            request_id=grant.ticket,
+            adapter=self.adapter, model=self.model, layout=self.layout,
+            base=base, end=state,
+            window=windows.pack(windows.advance(grant.plan, tokens_fed, grant.prompt_tokens)),
+            created_at=last.created_at if last else now,
+            updated_at=now,
+            tokens=before + len(tokens_fed),
+            windows=(last.windows if last else 0) + (grant.plan.kind == "new"),
+        )
+
+    def _settle(self, ticket: str, result: dict[str, Any]) -> None:
+        """Make an outcome known and free the session."""
+        entry = self._tickets.get(ticket)
+        if entry is None or entry.outcome.done():
+            return
+        if entry.timer is not None:
+            entry.timer.cancel()
+        entry.outcome.set_result({"version": entry.version, **result, "session": entry.grant.key.session})
+        self.directory.get(entry.grant.key).release(ticket)
+        self._loop.call_later(OUTCOME_SECONDS, self._tickets.pop, ticket, None)
+
+    def _expire(self, ticket: str) -> None:
+        self._withdraw(ticket, f"not claimed within {CLAIM_SECONDS:g} s")
+
+    def _withdraw(self, ticket: str, why: str) -> None:
+        """Take back a ticket that no request has claimed."""
+        with self._claims:
+            entry = self._tickets.get(ticket)
+            if entry is None or entry.claimed:
+                return
+            entry.claimed = True
+        self._settle(ticket, {"status": "aborted", "error": why})
+
+
+def _window_tokens(record: Record) -> int:
+    window = windows.unpack(record.window)
+    return window.end.count if window is not None else 0
+
+

@@ -1,0 +1,61 @@
+"""What the scheduler tells the workers in one engine step about sessions, and what they answer."""
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+
+@dataclass
+class Seed:
+    """A request starts (or starts again): what lies before its first token.
+
+    Attributes:
+        request: its id.
+        block: its first block, in the block manager's numbering.
+        limit: positions at or past it are read only; -1 memory off.
+        write_base: False where the block came from the prefix cache, base and all.
+        slot: pool slot with the base state; None for the empty memory.
+        fill: bytes of all layers' states ([layers, H, r, r] fp32) to put into ``slot`` first; None if they are there.
+    """
+
+    request: str
+    block: int
+    limit: int
+    write_base: bool
+    slot: int | None = None
+    fill: bytes | None = None
+
+
+@dataclass
+class Commit:
+    """A request ended: take the state after ``count`` tokens of ``block`` into ``slot``, and send it back."""
+
+    request: str
+    block: int
+    count: int
+    slot: int
+
+
+@dataclass
+class Step(KVConnectorMetadata):
+    """One step's orders, carried out in this order: commits, zeroing, seeds."""
+
+    commits: list[Commit] = field(default_factory=list)
+    zero: list[int] = field(default_factory=list)
+    seeds: list[Seed] = field(default_factory=list)
+    release: list[str] = field(default_factory=list)  # held requests whose blocks may be freed without a commit
+
+
+@dataclass
+class Answer(KVConnectorWorkerMetadata):
+    """States taken in one step, by request: per pipeline stage the adapter layers it holds and their bytes."""
+
+    states: dict[str, list[tuple[tuple[int, ...], bytes]]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "Answer":
+        assert isinstance(other, Answer)
+        for request, parts in other.states.items():
+            self.states.setdefault(request, []).extend(parts)
+        self.errors.update(other.errors)
+        return self

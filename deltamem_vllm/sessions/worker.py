@@ -1,0 +1,82 @@
+"""The worker's half of the connector: carries out a step's orders before its forward pass."""
+
+import logging
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+
+from deltamem_vllm.config import Settings
+from deltamem_vllm.memory.pages import StatePages
+from deltamem_vllm.memory.scan import kernels_for
+from deltamem_vllm.sessions.pool import SessionPool
+from deltamem_vllm.sessions.steps import Answer, Step
+
+logger = logging.getLogger("vllm.deltamem")
+
+
+class WorkerSide:
+    """Owns the session pool of one worker.
+
+    Args:
+        layer_ids: the adapter's layers, in the order of axis 0 of a session state.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, settings: Settings, layer_ids: list[int]) -> None:
+        self._vllm_config, self._settings, self._layer_ids = vllm_config, settings, layer_ids
+        self._pool: SessionPool | None = None
+        self._indices: tuple[int, ...] = ()
+        self._answer = Answer()
+        self._done: set[str] = set()
+
+    def bind(self) -> None:
+        """vLLM has bound the KV caches: find this worker's pages."""
+        context = self._vllm_config.compilation_config.static_forward_context
+        layers = sorted((x for x in context.values() if isinstance(x, StatePages)), key=lambda x: x.index)
+        self._indices = tuple(self._layer_ids.index(x.index) for x in layers)
+        if layers:  # a pipeline stage may hold none of the adapter's layers
+            assert layers[0].pages is not None
+            kernels = kernels_for(layers[0].pages.device, self._settings.kernel)
+            self._pool = SessionPool(layers, list(self._indices), self._settings.session_slots, kernels)
+
+    @torch.inference_mode()
+    def carry_out(self, step: Step) -> None:
+        """Commits first (their pages may be overwritten from now on), then the new requests' seeds."""
+        if self._pool is None:
+            self._done.update(c.request for c in step.commits)
+            self._done.update(step.release)
+            return
+        ships = get_tensor_model_parallel_rank() == 0
+        for commit in step.commits:
+            try:
+                payload = self._pool.take(commit.block, commit.count, commit.slot)
+                if ships:
+                    self._answer.states[commit.request] = [(self._indices, payload)]
+            except Exception as e:  # one session must not end the engine for all
+                logger.exception("the state of a request could not be taken")
+                self._answer.errors[commit.request] = f"{type(e).__name__}: {e}"
+            self._done.add(commit.request)
+        self._done.update(step.release)
+        for slot in step.zero:
+            self._pool.zero(slot)
+        for seed in step.seeds:
+            try:
+                if seed.fill is not None and seed.slot is not None:
+                    self._pool.fill(seed.slot, seed.fill)
+                self._pool.set_limit(seed.block, seed.limit)
+                if seed.write_base:
+                    self._pool.seed(seed.block, seed.slot)
+            except Exception as e:
+                logger.exception("a request could not be given its memory")
+                self._pool.set_limit(seed.block, -1)
+                self._answer.errors[seed.request] = f"{type(e).__name__}: {e}"
+
+    def take_answer(self) -> Answer | None:
+        """What this step brought, once."""
+        answer, self._answer = self._answer, Answer()
+        return answer if answer.states or answer.errors else None
+
+    def take_done(self) -> set[str] | None:
+        """Requests whose blocks may be freed."""
+        done, self._done = self._done, set()
+        return done or None
