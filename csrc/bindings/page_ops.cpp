@@ -156,6 +156,8 @@ void page_state(const Tensor& pages, const Tensor& block_ids, const Tensor& coun
 
 std::string isa() { return deltamem::kernels().isa; }
 
+bool force_isa(std::string isa) { return deltamem::force_isa(isa.c_str()); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(deltamem_native, m) {
@@ -167,6 +169,7 @@ STABLE_TORCH_LIBRARY(deltamem_native, m) {
       "page_state(Tensor pages, Tensor block_ids, Tensor counts, Tensor(a!) out, int block_size, int rank, int heads, "
       "bool rankwise, bool couple, int mode, bool normalize) -> ()");
   m.def("isa() -> str");
+  m.def("force_isa(str isa) -> bool");  // for tests: every build must pass on a machine that can run it
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CPU, m) {
@@ -174,4 +177,7 @@ STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CPU, m) {
   m.impl("page_state", TORCH_BOX(&page_state));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("force_isa", TORCH_BOX(&force_isa));
+}

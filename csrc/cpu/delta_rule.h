@@ -75,7 +75,10 @@ struct Kernels {
   void (*page_state)(const Shape&, const StateArgs&);
 };
 
-// The best build that this CPU can run; chosen once.
+// The build in use: the best that this CPU can run, unless a test has forced another.
 const Kernels& kernels();
+
+// Use the named build from now on; false if this CPU cannot run it or there is none. "" restores the best one.
+bool force_isa(const char* isa);
 
 }  // namespace deltamem
