@@ -1,0 +1,84 @@
+// The paged delta rule on a CPU. Raw pointers, sizes and 64-bit offsets only: torch stops at the bindings.
+//
+// Words and layouts are those of deltamem_vllm/ops/layout.py:
+//   state  S[H, r, r], S[value, key]      projected row  q | k | v | beta | lambda (before activation)
+//   log row  k | v | beta | lambda        page  base[H, r, r] | log[N, log_columns]
+#pragma once
+
+#include <cstdint>
+
+namespace deltamem {
+
+enum class Mode : int64_t { standard = 0, lambda_outside = 1, no_lambda = 2 };
+enum class Dtype : int64_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+struct Shape {
+  int64_t rank, heads;
+  bool rankwise, couple, normalize;
+  Mode mode;
+
+  int64_t width() const { return rank * heads; }
+  int64_t gates() const { return rankwise ? width() : heads; }
+  bool has_lambda() const { return !couple && mode != Mode::no_lambda; }
+  int64_t gate_columns() const { return has_lambda() ? 2 * gates() : gates(); }
+  int64_t projected_columns() const { return 3 * width() + gate_columns(); }
+  int64_t log_columns() const { return 2 * width() + gate_columns(); }
+  int64_t state_floats() const { return heads * rank * rank; }
+  // Scratch floats that one call needs: the state, one projected row in fp32 and one tile of q.
+  int64_t workspace_floats() const;
+};
+
+// Tokens activated at a time; their q fits the first-level cache.
+constexpr int64_t kTile = 32;
+
+inline int64_t Shape::workspace_floats() const { return state_floats() + projected_columns() + kTile * width(); }
+
+struct Pages {
+  float* data;
+  int64_t stride;      // floats from one page to the next
+  int64_t block_size;  // N, tokens per page
+
+  float* base(int64_t block) const { return data + block * stride; }
+  float* log(int64_t block, const Shape& shape, int64_t slot) const {
+    return base(block) + shape.state_floats() + slot * shape.log_columns();
+  }
+};
+
+struct ScanArgs {
+  const void* projected;  // [T, projected_columns]
+  Dtype dtype;            // of projected
+  const float* bias;      // [gate_columns]
+  Pages pages;
+  const int32_t* block_table;
+  int64_t table_stride;  // int32s from one request's row to the next
+  const int32_t* query_start_loc;
+  const int32_t* seq_lens;
+  const int32_t* write_limit;  // by block
+  float* reads;                // [num_rows, width]
+  int64_t num_rows, num_reqs;
+  float* workspace;  // workspace_floats
+};
+
+struct StateArgs {
+  Pages pages;
+  const int32_t* block_ids;
+  const int32_t* counts;
+  int64_t n;
+  float* out;        // [n, H, r, r]
+  float* workspace;  // workspace_floats
+};
+
+// One build of the kernels for one instruction set. Every index must have been checked by the caller.
+struct Kernels {
+  const char* isa;
+  void (*page_scan)(const Shape&, const ScanArgs&);
+  void (*page_state)(const Shape&, const StateArgs&);
+};
+
+// The build in use: the best that this CPU can run, unless a test has forced another.
+const Kernels& kernels();
+
+// Use the named build from now on; false if this CPU cannot run it or there is none. "" restores the best one.
+bool force_isa(const char* isa);
+
+}  // namespace deltamem

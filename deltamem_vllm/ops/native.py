@@ -1,0 +1,94 @@
+"""The native CPU kernels (csrc/), loaded as a torch library. No Python API inside: one file serves every
+Python.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltamem_vllm.ops.layout import UPDATE_MODES, MemoryShape
+
+LIBRARY = "_native.so"
+
+
+def find_library() -> Path | None:
+    """The built library, or None.
+
+    An editable install keeps it beside the installed package and not in the source tree, so every folder that
+    makes up this package is searched.
+    """
+    import deltamem_vllm.ops
+
+    for folder in deltamem_vllm.ops.__path__:
+        if (path := Path(folder) / LIBRARY).is_file():
+            return path
+    return None
+
+
+class NativeOps:
+    """`deltamem_vllm.ops.paged.PagedOps` in C++ (SIMD), on a CPU.
+
+    Raises:
+        OSError: the library cannot be loaded.
+        RuntimeError: from a call: a tensor or an index does not fit; nothing was changed.
+    """
+
+    name = "native"
+
+    def __init__(self, library: Path) -> None:
+        if not hasattr(torch.ops.deltamem_native, "page_scan"):
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        self._scan = torch.ops.deltamem_native.page_scan.default
+        self._state = torch.ops.deltamem_native.page_state.default
+        #: instruction set chosen for this machine: portable, avx2 or avx512
+        self.isa: str = torch.ops.deltamem_native.isa()
+        self.description = f"native ({self.isa})"
+
+    def page_scan(
+        self,
+        shape: MemoryShape,
+        projected: Tensor,
+        bias: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        write_limit: Tensor,
+        reads: Tensor,
+        block_size: int,
+        num_reqs: int,
+    ) -> None:
+        """See `PagedOps.page_scan`."""
+        self._scan(
+            projected,
+            bias,
+            pages,
+            block_table,
+            query_start_loc,
+            seq_lens,
+            write_limit,
+            reads,
+            block_size,
+            num_reqs,
+            *_arguments(shape),
+        )
+
+    def page_state(
+        self,
+        shape: MemoryShape,
+        pages: Tensor,
+        block_ids: Tensor,
+        counts: Tensor,
+        block_size: int,
+        out: Tensor,
+    ) -> None:
+        """See `PagedOps.page_state`."""
+        self._state(pages, block_ids, counts, out, block_size, *_arguments(shape))
+
+
+def _arguments(shape: MemoryShape) -> tuple[int, int, bool, bool, int, bool]:
+    mode = UPDATE_MODES.index(shape.update_mode)  # the order is that of `enum class Mode`
+    return shape.rank, shape.heads, shape.rankwise_gates, shape.couple_lambda, mode, shape.normalize_qk

@@ -1,0 +1,202 @@
+"""The contract of the paged delta rule, and the checks that its torch and native forms share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deltamem_vllm.ops.layout import MemoryShape
+
+#: write_limit of a request whose tokens are all written.
+WRITE_ALL = 2**31 - 1
+#: write_limit of a request without memory: reads are zero and no page is touched.
+WRITE_OFF = -1
+
+PROJECTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PagedOps(Protocol):
+    """The delta rule over pages. Both functions raise (ValueError or RuntimeError) before they change
+    anything.
+    """
+
+    name: str
+    description: str
+
+    def page_scan(
+        self,
+        shape: MemoryShape,
+        projected: Tensor,
+        bias: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        write_limit: Tensor,
+        reads: Tensor,
+        block_size: int,
+        num_reqs: int,
+    ) -> None:
+        """Read, then write, every token of a batch of requests; one layer, one engine step.
+
+        Args:
+            projected: [T, projected_columns] fp32, bf16 or fp16, contiguous: q̃ | k̃ | v | β̃ | λ̃.
+            bias: [bias_columns] fp32.
+            pages: [blocks, ≥ content_floats] fp32, stride(1) = 1; any stride(0). Changed in place. Needs no
+                initial value but the base of a request's first page, which the caller seeds.
+            block_table: [≥ num_reqs, M] int32, stride(1) = 1: the block of a request's position p is entry p
+                // N.
+            query_start_loc: [≥ num_reqs + 1] int32: request i owns rows start[i] … start[i+1]−1.
+            seq_lens: [≥ num_reqs] int32: tokens of a request, those of this step included.
+            write_limit: [blocks] int32, looked up at a request's first block. Tokens at positions ≥ limit
+                read and are not written; `WRITE_OFF`: no memory; `WRITE_ALL`: all are written.
+            reads: [≥ T, R] fp32, contiguous, overwritten: S q before the token's own write, zero for rows of
+                no request.
+            block_size: N, tokens per page.
+            num_reqs: requests in this batch; later rows of the tables are never looked at.
+        """
+        ...
+
+    def page_state(
+        self,
+        shape: MemoryShape,
+        pages: Tensor,
+        block_ids: Tensor,
+        counts: Tensor,
+        block_size: int,
+        out: Tensor,
+    ) -> None:
+        """The states after the first ``counts[i]`` tokens of block ``block_ids[i]``.
+
+        Args:
+            pages: as in `page_scan`, not changed.
+            block_ids: [n] int32.
+            counts: [n] int32, each 0 … N.
+            out: [n, H, r, r] fp32, contiguous, overwritten.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request's part of a step: rows start … stop−1, ``context`` tokens before them, its blocks from the
+    page that holds position max(context − 1, 0) on."""
+
+    start: int
+    stop: int
+    context: int
+    limit: int
+    first_page: int
+    blocks: list[int]
+
+
+def plan_requests(
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    write_limit: Tensor,
+    num_tokens: int,
+    num_blocks: int,
+    block_size: int,
+    num_reqs: int,
+) -> list[Request]:
+    """Check every index a step will use, before the step changes anything; requests without tokens are left
+    out.
+    """
+    if query_start_loc.shape[0] < num_reqs + 1 or min(seq_lens.shape[0], block_table.shape[0]) < num_reqs:
+        raise ValueError(
+            f"page_scan: {num_reqs} requests, but query_start_loc has {query_start_loc.shape[0]} entries, "
+            f"seq_lens {seq_lens.shape[0]} and block_table {block_table.shape[0]} rows"
+        )
+    starts = query_start_loc[: num_reqs + 1].tolist()
+    lengths = seq_lens[:num_reqs].tolist()
+    plan = []
+    for i in range(num_reqs):
+        start, stop = starts[i], starts[i + 1]
+        if stop <= start:
+            continue
+        context = lengths[i] - (stop - start)
+        last_page = (lengths[i] - 1) // block_size
+        if start < 0 or stop > num_tokens or context < 0 or last_page >= block_table.shape[1]:
+            raise ValueError(
+                f"page_scan: request {i} has rows {start} to {stop} of {num_tokens} "
+                f"and sequence length {lengths[i]}; "
+                f"its block table holds {block_table.shape[1]} blocks of {block_size} tokens"
+            )
+        _check_blocks(i, [first := int(block_table[i, 0])], num_blocks)
+        limit = int(write_limit[first])
+        first_page = max(context - 1, 0) // block_size
+        blocks = [] if limit < 0 else block_table[i, first_page : last_page + 1].tolist()
+        _check_blocks(i, blocks, num_blocks)
+        plan.append(Request(start, stop, context, limit, first_page, blocks))
+    return plan
+
+
+def check_page_scan(
+    shape: MemoryShape,
+    projected: Tensor,
+    bias: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    write_limit: Tensor,
+    reads: Tensor,
+    block_size: int,
+) -> None:
+    """Shapes and dtypes of `page_scan`; raises ValueError naming the tensor."""
+    if projected.dtype not in PROJECTED_DTYPES:
+        raise ValueError(f"page_scan: projected is {projected.dtype}, expected float32, bfloat16 or float16")
+    _check("projected", projected, projected.dtype, (None, shape.projected_columns))
+    _check("bias", bias, torch.float32, (shape.bias_columns,))
+    _check("block_table", block_table, torch.int32, (None, None))
+    _check("write_limit", write_limit, torch.int32, (pages.shape[0],))
+    _check("reads", reads, torch.float32, (None, shape.width))
+    if reads.shape[0] < projected.shape[0]:
+        raise ValueError(f"page_scan: reads has {reads.shape[0]} rows for {projected.shape[0]} tokens")
+    _check_pages(shape, pages, block_size)
+
+
+def check_page_state(
+    shape: MemoryShape, pages: Tensor, block_ids: Tensor, counts: Tensor, block_size: int, out: Tensor
+) -> None:
+    """Shapes, dtypes and indices of `page_state`; raises ValueError naming the tensor."""
+    n = block_ids.shape[0]
+    _check("block_ids", block_ids, torch.int32, (None,))
+    _check("counts", counts, torch.int32, (n,))
+    _check("out", out, torch.float32, (n, shape.heads, shape.rank, shape.rank))
+    _check_pages(shape, pages, block_size)
+    for i, (block, count) in enumerate(zip(block_ids.tolist(), counts.tolist(), strict=True)):
+        if not (0 <= block < pages.shape[0] and 0 <= count <= block_size):
+            raise ValueError(
+                f"page_state: entry {i} asks for {count} of {block_size} tokens "
+                f"of block {block} of {pages.shape[0]}"
+            )
+
+
+def _check_pages(shape: MemoryShape, pages: Tensor, block_size: int) -> None:
+    _check("pages", pages, torch.float32, (None, None))
+    need = shape.content_floats(block_size)
+    if block_size < 1 or pages.shape[1] < need or pages.stride(1) != 1:
+        raise ValueError(
+            f"pages: {block_size} tokens of {shape} need {need} consecutive floats, "
+            f"got {pages.shape[1]} with stride {pages.stride(1)}"
+        )
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int | None, ...]) -> None:
+    fits = tensor.dim() == len(sizes) and all(
+        want is None or want == got for want, got in zip(sizes, tensor.shape, strict=True)
+    )
+    if tensor.dtype != dtype or not fits:
+        want = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise ValueError(f"{name}: expected {dtype} [{want}], got {tensor.dtype} {list(tensor.shape)}")
+
+
+def _check_blocks(request: int, blocks: list[int], num_blocks: int) -> None:
+    for block in blocks:
+        if not 0 <= block < num_blocks:
+            raise ValueError(
+                f"page_scan: request {request} uses block {block}, but there are {num_blocks} pages"
+            )
