@@ -1,0 +1,218 @@
+"""A record as bytes that verify themselves.
+
+    magic 8 | format u16 | reserved u16 | metadata length u32 | window length u32 | payload length u32
+    metadata   canonical JSON: all fields of the record but base, end and window
+    window     the packed window
+    payload    safetensors with the tensors base and end, [L, H, r, r] fp32
+    checksum   blake2b-256 (person "deltamem-rec") of everything before it
+
+All integers are little-endian. Lengths are checked against bounds and against each other before anything is
+parsed or allocated; the metadata is parsed only once the checksum is right. Nothing is unpickled. A record
+read under another session's key is refused, because the key is part of it. Encryption at rest will replace
+the payload by AES-GCM with the bytes before it as associated data, under another format number.
+"""
+
+import hashlib
+import json
+import math
+import re
+import struct
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from deltamem_vllm.errors import CorruptRecord
+from deltamem_vllm.store.protocol import Array, Record, SessionKey
+
+FORMAT = 1
+MAX_METADATA_BYTES = 16 * 1024
+MAX_WINDOW_BYTES = 16 * 1024
+MAX_STATE_BYTES = 32 * 1024 * 1024
+"""Bound on one state. Qwen3-4B has 9,216 B; the largest layout we can imagine stays far below."""
+MAX_ABS = 1e6
+"""Bound on a state's entries. Trained memories stay below about 1e2; more than this is an attack or a bug."""
+
+_MAGIC = b"DMEMREC\n"
+_HEAD = struct.Struct("<8sHHIII")
+_SUM_BYTES = 32
+_SAFETENSORS_OVERHEAD = 1024  # its header for two tensors takes about 200 bytes
+MAX_PAYLOAD_BYTES = 2 * MAX_STATE_BYTES + _SAFETENSORS_OVERHEAD
+MAX_RECORD_BYTES = _HEAD.size + MAX_METADATA_BYTES + MAX_WINDOW_BYTES + MAX_PAYLOAD_BYTES + _SUM_BYTES
+
+_LAYOUT = re.compile(r"L([1-9]\d{0,3})H([1-9]\d{0,3})r([1-9]\d{0,3})", re.ASCII)
+_INCARNATION = re.compile(r"[0-9a-f]{8,64}", re.ASCII)
+_INT_MAX = 2**63 - 1
+_FIELDS: dict[str, type] = {
+    "adapter": str,
+    "created_at": float,
+    "incarnation": str,
+    "layout": str,
+    "model": str,
+    "request_id": str,
+    "session": str,
+    "tenant": str,
+    "tokens": int,
+    "updated_at": float,
+    "version": int,
+    "windows": int,
+}
+
+
+def parse_layout(layout: str) -> tuple[int, int, int, int]:
+    """The shape [L, H, r, r] of a state whose layout is ``L<layers>H<heads>r<rank>``.
+
+    Raises:
+        CorruptRecord: another form, or a state over ``MAX_STATE_BYTES``.
+    """
+    found = _LAYOUT.fullmatch(layout)
+    if found is None:
+        raise CorruptRecord(f"layout {layout[:64]!r} is not of the form L36H1r8")
+    layers, heads, rank = map(int, found.groups())
+    if 4 * layers * heads * rank * rank > MAX_STATE_BYTES:
+        raise CorruptRecord(f"layout {layout!r} needs more than {MAX_STATE_BYTES} bytes per state")
+    return layers, heads, rank, rank
+
+
+def encode(record: Record) -> bytes:
+    """A record's bytes. The same record always gives the same bytes.
+
+    Raises:
+        CorruptRecord: the record is not valid; the message names the field.
+    """
+    _check(record)
+    metadata = _canonical(record)
+    payload = save({"base": np.ascontiguousarray(record.base), "end": np.ascontiguousarray(record.end)})
+    if len(metadata) > MAX_METADATA_BYTES:
+        raise CorruptRecord(f"metadata of {len(metadata)} bytes; the limit is {MAX_METADATA_BYTES}")
+    head = _HEAD.pack(_MAGIC, FORMAT, 0, len(metadata), len(record.window), len(payload))
+    data = b"".join((head, metadata, record.window, payload))
+    return data + _checksum(data)
+
+
+def decode(data: bytes, *, key: SessionKey | None = None) -> Record:
+    """The inverse of :func:`encode`, verifying everything.
+
+    Args:
+        data: stored bytes, trusted in nothing.
+        key: the key it was stored under; a record of another session is refused. None takes any (import,
+        inspection).
+
+    Returns:
+        a record that owns its arrays.
+
+    Raises:
+        CorruptRecord: naming what failed.
+    """
+    if not _HEAD.size + _SUM_BYTES < len(data) <= MAX_RECORD_BYTES:
+        raise CorruptRecord(
+            f"a record has up to {MAX_RECORD_BYTES} bytes and a header, not {len(data)} bytes"
+        )
+    magic, version, reserved, metadata_bytes, window_bytes, payload_bytes = _HEAD.unpack_from(data)
+    if magic != _MAGIC:
+        raise CorruptRecord(f"magic {magic!r} is not that of a deltamem record")
+    if version != FORMAT or reserved:
+        raise CorruptRecord(f"record format {version}.{reserved}; this version reads format {FORMAT}")
+    for name, size, limit in (
+        ("metadata", metadata_bytes, MAX_METADATA_BYTES),
+        ("window", window_bytes, MAX_WINDOW_BYTES),
+        ("payload", payload_bytes, MAX_PAYLOAD_BYTES),
+    ):
+        if size > limit:
+            raise CorruptRecord(f"{name} of {size} bytes; the limit is {limit}")
+    window_at = _HEAD.size + metadata_bytes
+    payload_at = window_at + window_bytes
+    sum_at = payload_at + payload_bytes
+    if len(data) != sum_at + _SUM_BYTES:
+        raise CorruptRecord(f"the lengths add up to {sum_at + _SUM_BYTES} bytes, the record has {len(data)}")
+    if _checksum(data[:sum_at]) != data[sum_at:]:
+        raise CorruptRecord("checksum does not match the stored bytes")
+    fields = _parse_metadata(data[_HEAD.size : window_at])
+    try:
+        own = SessionKey(fields.pop("tenant"), fields.pop("session"))
+    except ValueError as error:
+        raise CorruptRecord(f"key: {error}") from None
+    if key is not None and own != key:
+        raise CorruptRecord(f"the record stored for session {key.session!r} belongs to another session")
+    base, end = _parse_payload(data[payload_at:sum_at], parse_layout(fields["layout"]))
+    record = Record(key=own, base=base, end=end, window=data[window_at:payload_at], **fields)
+    _check(record)
+    if _canonical(record) != data[_HEAD.size : window_at]:
+        raise CorruptRecord("metadata is not in its canonical form")
+    return record
+
+
+def _checksum(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_SUM_BYTES, person=b"deltamem-rec").digest()
+
+
+def _canonical(record: Record) -> bytes:
+    """All fields but the states and the window as JSON with sorted keys and no spaces."""
+    key = {"tenant": record.key.tenant, "session": record.key.session}
+    fields = {name: kind(getattr(record, name)) for name, kind in _FIELDS.items() if name not in key} | key
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _parse_metadata(data: bytes) -> dict[str, Any]:
+    """The fields of a record's metadata, exactly those of ``_FIELDS`` and with their types."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptRecord(f"metadata is not JSON: {error}") from None
+    if not isinstance(fields, dict) or fields.keys() != _FIELDS.keys():
+        raise CorruptRecord(f"metadata must have exactly the fields {', '.join(_FIELDS)}")
+    for name, kind in _FIELDS.items():
+        if type(fields[name]) is not kind:
+            raise CorruptRecord(
+                f"metadata field {name} is {type(fields[name]).__name__}, not {kind.__name__}"
+            )
+    return fields
+
+
+def _parse_payload(data: bytes, shape: tuple[int, int, int, int]) -> tuple[Array, Array]:
+    """base and end, [L, H, r, r] fp32, copied out of a safetensors payload."""
+    states = 2 * 4 * math.prod(shape)
+    if not states < len(data) <= states + _SAFETENSORS_OVERHEAD:
+        raise CorruptRecord(f"a payload of {len(data)} bytes cannot hold two states of shape {shape}")
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CorruptRecord(f"payload is not safetensors: {error}") from None
+    if tensors.keys() != {"base", "end"}:
+        raise CorruptRecord("payload must have exactly the tensors base and end")
+    for name, tensor in tensors.items():
+        if tensor.dtype != np.float32 or tensor.shape != shape:
+            raise CorruptRecord(f"{name} is {tensor.dtype} {tensor.shape}, not float32 {shape}")
+    return tensors["base"].copy(), tensors["end"].copy()
+
+
+def _check(record: Record) -> None:
+    """Refuse a record with a field out of its bounds; used on both sides, so that what is written can be
+    read."""
+    shape = parse_layout(record.layout)
+    for name, state in (("base", record.base), ("end", record.end)):
+        if state.dtype != np.float32 or state.shape != shape:
+            raise CorruptRecord(
+                f"{name} is {state.dtype} {state.shape}; layout {record.layout} needs float32 {shape}"
+            )
+        largest = float(np.abs(state).max())
+        if not largest <= MAX_ABS:  # also true for NaN
+            raise CorruptRecord(f"{name} holds {largest:g}; entries must be finite and at most {MAX_ABS:g}")
+    if len(record.window) > MAX_WINDOW_BYTES:
+        raise CorruptRecord(f"window of {len(record.window)} bytes; the limit is {MAX_WINDOW_BYTES}")
+    for name, least in (("version", 1), ("tokens", 0), ("windows", 0)):
+        if not least <= getattr(record, name) <= _INT_MAX:
+            raise CorruptRecord(f"{name} {getattr(record, name)} is not in [{least}, 2**63)")
+    for name in ("created_at", "updated_at"):
+        if not 0 <= getattr(record, name) < 1e12:
+            raise CorruptRecord(f"{name} {getattr(record, name)} is not a time in seconds")
+    for name, least in (("request_id", 1), ("adapter", 0), ("model", 0)):
+        try:
+            size = len(getattr(record, name).encode())
+        except UnicodeEncodeError:
+            raise CorruptRecord(f"{name} is not valid Unicode") from None
+        if not least <= size <= 256:
+            raise CorruptRecord(f"{name} must have {least} to 256 bytes of UTF-8, not {size}")
+    if not _INCARNATION.fullmatch(record.incarnation):
+        raise CorruptRecord(f"incarnation {record.incarnation[:64]!r} is not 8 to 64 lower-case hex digits")

@@ -1,0 +1,227 @@
+"""What every store promises: verified reads, compare-and-set writes, one durable transaction per group.
+
+Rules that hold for all stores, and that one conformance suite checks:
+
+* A session moves only by compare-and-set on (version, incarnation). Nothing merges, the last writer never
+  wins.
+* The **incarnation** is a random id given when a session is created. A session that is deleted and created
+  again starts at version 1 with another incarnation, so that a stale owner of the erased one cannot pass
+  the comparison.
+* A write is **idempotent by request id**: putting the (version, incarnation, request_id) that is already
+  stored succeeds and changes nothing. A writer that does not know whether its commit was applied
+  (connection cut, I/O error at COMMIT) sends it again and learns the outcome.
+* A write that returned is durable. A write that raised was not applied, or its outcome is resolved by
+  sending it again.
+* A read is verified (see ``codec``); damaged bytes raise ``CorruptRecord`` and are never shown as an empty
+  memory.
+
+Left for a later version, each with its place here: **history** (``get_version``, ``rollback``: versions
+kept beside the newest one), **time to live** (an ``expires_at`` per record and ``expire(now, limit)``) and
+**quotas** (sessions and bytes per tenant, checked inside the transaction of ``put_many``). Their columns
+come by a schema migration.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamem_vllm.errors import StaleVersion, StoreError
+
+Array = NDArray[np.float32]
+MAX_KEY_BYTES = 256
+
+
+def new_incarnation() -> str:
+    """A fresh random incarnation: 32 hex digits."""
+    return secrets.token_hex(16)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SessionKey:
+    """Names a session. The tenant is part of the key, so that no query can leave it out.
+
+    Attributes:
+        tenant: whose session it is, 1 to 256 bytes of UTF-8.
+        session: the id within the tenant, 1 to 256 bytes of UTF-8.
+
+    Raises:
+        ValueError: empty, too long, not encodable, or containing NUL.
+    """
+
+    tenant: str
+    session: str
+
+    def __post_init__(self) -> None:
+        for name, value in (("tenant", self.tenant), ("session", self.session)):
+            try:
+                size = len(value.encode())
+            except UnicodeEncodeError:
+                raise ValueError(f"{name} is not valid Unicode: {value!r}") from None
+            if not 1 <= size <= MAX_KEY_BYTES or "\0" in value:
+                shown = f"{value[:64]!r} ({size} bytes)"
+                raise ValueError(f"{name} must have 1 to {MAX_KEY_BYTES} bytes and no NUL, not {shown}")
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """What a writer saw when it started: the comparison of compare-and-set."""
+
+    version: int
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Record:
+    """One version of one session. Two records are the same when ``codec.encode`` gives the same bytes.
+
+    Attributes:
+        key: whose memory it is.
+        version: 1 at creation, one more with each commit.
+        incarnation: 8 to 64 lower-case hex digits, the same through the session's life.
+        request_id: who committed this version, 1 to 256 characters.
+        adapter: fingerprint of the δ-mem weights, up to 256 characters.
+        model: fingerprint of the base model, up to 256 characters.
+        layout: ``L<layers>H<heads>r<rank>``, for example ``L36H1r8``.
+        base: [L, H, r, r] fp32, the state before the window's first token; S[value, key].
+        end: [L, H, r, r] fp32, the state after everything fed so far.
+        window: ``sessions.windows.pack`` of the window, up to 16 KiB; ``b""`` without one.
+        created_at: seconds since the epoch, of version 1.
+        updated_at: seconds since the epoch, of this version.
+        tokens: tokens written since creation.
+        windows: windows opened since creation.
+    """
+
+    key: SessionKey
+    version: int
+    incarnation: str
+    request_id: str
+    adapter: str
+    model: str
+    layout: str
+    base: Array
+    end: Array
+    window: bytes
+    created_at: float
+    updated_at: float
+    tokens: int
+    windows: int
+
+    @property
+    def expect(self) -> Expect:
+        """What the writer of the next version must pass."""
+        return Expect(self.version, self.incarnation)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A session without its memory, for listings: read from the row, not verified against the record.
+
+    Attributes:
+        bytes: size of the stored record.
+        created_at, updated_at: seconds since the epoch.
+    """
+
+    key: SessionKey
+    version: int
+    incarnation: str
+    created_at: float
+    updated_at: float
+    tokens: int
+    windows: int
+    bytes: int
+
+
+Outcome = StoreError | None
+Outcomes = list[Outcome]
+Listing = list[SessionInfo]
+Put = tuple[Record, Expect | None]
+
+
+@runtime_checkable
+class StateStore(Protocol):
+    """A store of sessions. Every method is safe to call from any thread and raises ``StoreUnavailable``
+    when the store cannot be reached, is full, read-only or closed."""
+
+    def get(self, key: SessionKey) -> Record | None:
+        """The newest version, verified; None if the session does not exist.
+
+        Raises:
+            CorruptRecord: the stored bytes failed verification.
+        """
+
+    def put(self, record: Record, expect: Expect | None) -> None:
+        """Store one version, durably. ``expect`` None: the session must not exist. See :func:`admit` for
+        the rule.
+
+        Raises:
+            StaleVersion: the session is not where ``expect`` says; nothing was written.
+            CorruptRecord: the record itself is not valid (non-finite state, wrong shape); nothing was
+            written.
+        """
+
+    def put_many(self, puts: Sequence[Put]) -> Outcomes:
+        """Store a group in one durable transaction, in order, each item by the rule of ``put``.
+
+        An item that is stale or not valid does not keep the others from being stored. If the transaction
+        fails, every item that was part of it gets the error. Never raises a ``StoreError``.
+
+        Returns:
+            per item None (stored, durable) or the error that ``put`` would have raised.
+        """
+
+    def delete(self, key: SessionKey) -> bool:
+        """Erase a session: no byte of it stays in the store's files.
+
+        Returns:
+            whether it existed. To call it again after an error is right, and finishes the erasure.
+        """
+
+    def list(self, tenant: str, after: str | None = None, limit: int = 100) -> Listing:
+        """Up to ``limit`` sessions of a tenant in the order of their ids, from the one behind ``after``."""
+
+    def close(self) -> None:
+        """Release files and connections. A second call does nothing."""
+
+
+def admit(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None) -> bool:
+    """The compare-and-set rule, the same for every store.
+
+    Args:
+        record: what is to be written.
+        expect: what the writer saw; None: no session.
+        stored: (version, incarnation, request_id) of the stored row; None: no row.
+
+    Returns:
+        True: write it. False: exactly this commit is there already; nothing is to be done.
+
+    Raises:
+        StaleVersion: the row is not where ``expect`` says.
+        StoreError: the record does not follow from ``expect`` (a mistake of the caller).
+    """
+    name = f"session {record.key.session!r}"
+    if stored == (record.version, record.incarnation, record.request_id):
+        return False
+    if expect is None:
+        if stored is not None:
+            raise StaleVersion(
+                f"{name} exists at version {stored[0]}; it was to be created. Read it and try again"
+            )
+        return True
+    if (record.version, record.incarnation) != (expect.version + 1, expect.incarnation):
+        raise StoreError(
+            f"{name}: version {record.version} of {record.incarnation} does not follow"
+            f" version {expect.version} of {expect.incarnation}"
+        )
+    if stored is None:
+        raise StaleVersion(f"{name} does not exist; version {expect.version} was expected. Start a new one")
+    if stored[:2] != (expect.version, expect.incarnation):
+        life = "" if stored[1] == expect.incarnation else " of another incarnation"
+        raise StaleVersion(
+            f"{name} is at version {stored[0]}{life}; version {expect.version} was expected."
+            " Read it and try again"
+        )
+    return True

@@ -1,0 +1,255 @@
+"""The codec: what goes in comes out, and nothing else comes out."""
+
+import dataclasses
+import hashlib
+import math
+import os
+import random
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from deltamem_vllm.errors import CorruptRecord
+from deltamem_vllm.store import codec
+from deltamem_vllm.store.codec import decode, encode, parse_layout
+from deltamem_vllm.store.protocol import Record, SessionKey
+from tests.store.records import INCARNATION, KEY, record
+
+NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
+MUTATIONS = 1_000_000 if NIGHTLY else 20_000
+HEAD = struct.Struct("<8sHHIII")
+
+
+def reseal(body: bytes) -> bytes:
+    """A body with a right checksum: what someone who can write to the store would leave there."""
+    return body + hashlib.blake2b(body, digest_size=32, person=b"deltamem-rec").digest()
+
+
+def rebuild(
+    made: bytes, *, metadata: Callable[[bytes], bytes] | None = None, payload: bytes | None = None
+) -> bytes:
+    """The record with other metadata or another payload, lengths and checksum right."""
+    magic, version, reserved, m, w, _ = HEAD.unpack_from(made)
+    parts = [
+        made[HEAD.size : HEAD.size + m],
+        made[HEAD.size + m : HEAD.size + m + w],
+        made[HEAD.size + m + w : -32],
+    ]
+    parts[0] = metadata(parts[0]) if metadata else parts[0]
+    parts[2] = parts[2] if payload is None else payload
+    return reseal(HEAD.pack(magic, version, reserved, *map(len, parts)) + b"".join(parts))
+
+
+# --- right records ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["L3H1r8", "L1H1r1", "L36H1r8", "L2H4r16"])
+def test_round_trip_is_exact(layout: str) -> None:
+    made = record(7, layout=layout)
+    back = decode(encode(made), key=KEY)
+    for name in Record.__slots__:
+        value, expected = getattr(back, name), getattr(made, name)
+        if isinstance(expected, np.ndarray):
+            assert value.tobytes() == expected.tobytes()
+            assert value.flags.owndata
+            assert value.flags.writeable
+        else:
+            assert value == expected
+            assert type(value) is type(expected)
+    assert encode(back) == encode(made)
+
+
+def test_round_trip_of_the_bounds() -> None:
+    key = SessionKey("ü" * 128, "/" * 256)
+    made = record(
+        2**63 - 1,
+        key,
+        updated_at=0.0,
+        window=b"",
+        request_id="x" * 256,
+        adapter="",
+        model="",
+        tokens=0,
+        windows=0,
+    )
+    assert encode(decode(encode(made), key=key)) == encode(made)
+    assert encode(record(3, tokens=np.int64(30), created_at=5)) == encode(record(3, created_at=5.0))
+    view = record(base=np.zeros((8, 8, 1, 3), np.float32).T)
+    assert decode(encode(view)).base.shape == (3, 1, 8, 8)
+
+
+def test_any_key_is_taken_only_when_asked() -> None:
+    other = SessionKey(KEY.tenant, "another")
+    assert decode(encode(record(key=other))).key == other
+    for key in (SessionKey("another", KEY.session), other):
+        with pytest.raises(CorruptRecord, match="belongs to another session"):
+            decode(encode(record()), key=key)
+
+
+def test_layout() -> None:
+    assert parse_layout("L36H2r8") == (36, 2, 8, 8)
+    for bad in (
+        "",
+        "L3H1",
+        "L0H1r8",
+        "L03H1r8",
+        "L3H1r8 ",
+        "L3H1r8\n",
+        "L٣H1r8",
+        "L99999H1r8",
+        "L9999H9999r9999",
+    ):
+        with pytest.raises(CorruptRecord, match="layout"):
+            parse_layout(bad)
+
+
+# --- wrong records are neither written nor read -------------------------------------------------------------
+
+state = np.zeros((3, 1, 8, 8), np.float32)
+
+
+def poisoned(value: float) -> np.ndarray[Any, np.dtype[np.float32]]:
+    made = state.copy()
+    made[1, 0, 2, 3] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"end": poisoned(math.nan)}, "end holds nan"),
+        ({"end": poisoned(-math.inf)}, "end holds inf"),
+        ({"base": poisoned(1.1e6)}, "base holds 1.1e"),
+        ({"base": state[:2]}, "layout L3H1r8 needs"),
+        ({"base": state.astype(np.float64)}, "base is float64"),
+        ({"layout": "L3H1r9"}, "layout L3H1r9 needs"),
+        ({"version": 0}, "version 0"),
+        ({"version": 2**63}, "version"),
+        ({"tokens": -1}, "tokens -1"),
+        ({"created_at": math.nan}, "created_at"),
+        ({"updated_at": math.inf}, "updated_at"),
+        ({"request_id": ""}, "request_id"),
+        ({"request_id": "\ud800"}, "request_id"),
+        ({"adapter": "x" * 257}, "adapter"),
+        ({"incarnation": "XYZ"}, "incarnation"),
+        ({"incarnation": INCARNATION + "\n"}, "incarnation"),
+        ({"window": bytes(codec.MAX_WINDOW_BYTES + 1)}, "window"),
+    ],
+)
+def test_encode_refuses(fields: dict[str, Any], what: str) -> None:
+    with pytest.raises(CorruptRecord, match=what):
+        encode(dataclasses.replace(record(), **fields))
+
+
+def test_decode_names_what_failed() -> None:
+    good = encode(record())
+    body = good[:-32]
+
+    def with_head(**changes: int | bytes) -> bytes:
+        head = dict(zip(("magic", "version", "reserved", "m", "w", "p"), HEAD.unpack_from(good), strict=True))
+        return reseal(HEAD.pack(*(head | changes).values()) + body[HEAD.size :])
+
+    nan = {"base": state, "end": poisoned(math.nan)}
+    for bad, what in (
+        (b"", "bytes"),
+        (bytes(codec.MAX_RECORD_BYTES + 1), "bytes"),
+        (with_head(magic=b"DMEMREC\r"), "magic"),
+        (with_head(version=2), "format 2"),
+        (with_head(reserved=1), "format 1.1"),
+        (with_head(m=2**32 - 1), "metadata of 4294967295"),
+        (with_head(w=2**31), "window of"),
+        (with_head(p=2**31), "payload of"),
+        (with_head(m=5), "lengths add up"),
+        (good[:-1], "lengths add up"),
+        (good[:100] + bytes([good[100] ^ 1]) + good[101:], "checksum"),
+        (rebuild(good, metadata=lambda m: m[:-1]), "not JSON"),
+        (rebuild(good, metadata=lambda m: b"[" * 9000), "not JSON"),
+        (rebuild(good, metadata=lambda m: b"[]"), "exactly the fields"),
+        (rebuild(good, metadata=lambda m: m.replace(b'"tokens":10,', b"")), "exactly the fields"),
+        (rebuild(good, metadata=lambda m: m.replace(b'"tokens":10', b'"tokens":true')), "tokens is bool"),
+        (rebuild(good, metadata=lambda m: m.replace(b'"tokens":10', b'"tokens": 10')), "canonical"),
+        (rebuild(good, metadata=lambda m: m.replace(b'"tokens":10', b'"tokens":1,"tokens":10')), "canonical"),
+        (rebuild(good, metadata=lambda m: m.replace(b'"version":1', b'"version":0')), "version 0"),
+        (rebuild(good, metadata=lambda m: m.replace(b'"tenant":"tenant"', b'"tenant":""')), "key: tenant"),
+        (rebuild(good, metadata=lambda m: m.replace(b"L3H1r8", b"L4H1r8")), "cannot hold"),
+        (rebuild(good, metadata=lambda m: m.replace(b"L3H1r8", b"L1H3r8")), r"base is|end is"),
+        (rebuild(good, payload=bytes(2000)), "payload is not safetensors"),
+        (rebuild(good, payload=save(nan)), "end holds nan"),
+        (rebuild(good, payload=save({"base": state, "last": state})), "exactly the tensors"),
+        (rebuild(good, payload=save({"base": state, "end": state.view(np.int32)})), "end is int32"),
+    ):
+        with pytest.raises(CorruptRecord, match=what):
+            decode(bad, key=KEY)
+
+
+# --- fuzz ---------------------------------------------------------------------------------------------------
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """One random damage that always changes the bytes."""
+    made = bytearray(data)
+    at = rng.randrange(len(made))
+    match rng.randrange(6):
+        case 0:
+            made[at] ^= 1 << rng.randrange(8)
+        case 1:
+            del made[at:]
+        case 2:
+            made[at:at] = rng.randbytes(rng.randint(1, 40))
+        case 3:
+            del made[at : at + rng.randint(1, 40)]
+        case 4:
+            made[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\0\0\xc0\x7f", b"\0\0\0\x80"])
+        case _:
+            for _ in range(rng.randint(2, 30)):
+                made[rng.randrange(len(made))] = rng.randrange(256)
+    return bytes(made)
+
+
+def accepted(read: Callable[[bytes], Record], rounds: int) -> int:
+    """How many of ``rounds`` damaged records ``read`` takes. Anything but CorruptRecord fails the test."""
+    rng = random.Random(5)
+    good = [encode(record(layout=layout)) for layout in ("L3H1r8", "L1H1r2")]
+    taken = 0
+    for turn in range(rounds):
+        data = good[turn % 2]
+        bad = mutate(data, rng)
+        if bad == data:
+            continue
+        try:
+            read(bad)
+        except CorruptRecord:
+            continue
+        taken += 1
+    return taken
+
+
+def test_fuzz_damage_is_always_refused() -> None:
+    assert accepted(lambda data: decode(data, key=KEY), MUTATIONS) == 0
+
+
+def test_fuzz_with_a_right_checksum_never_crashes() -> None:
+    """Behind the checksum every parser meets hostile bytes; what it takes must be a record that could be
+    written."""
+
+    def read(data: bytes) -> Record:
+        made = decode(reseal(data[:-32]), key=KEY)
+        assert encode(made)
+        return made
+
+    accepted(read, MUTATIONS)
+
+
+def test_fuzz_catches_a_skipped_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PLANTED BUG: the checksum is not compared."""
+
+    class Anything(bytes):
+        def __ne__(self, other: object) -> bool:
+            return False
+
+    monkeypatch.setattr(codec, "_checksum", lambda data: Anything(32))
+    assert accepted(lambda data: decode(data, key=KEY), 2000) > 0

@@ -1,0 +1,85 @@
+"""One suite for all stores, and proof that it catches planted bugs."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deltamem_vllm.errors import StaleVersion
+from deltamem_vllm.store import memory, protocol, sqlite
+from deltamem_vllm.store.memory import MemoryStore
+from deltamem_vllm.store.protocol import Expect, Record, StateStore
+from deltamem_vllm.store.sqlite import SQLiteStore
+from tests.store import conformance
+
+
+class Reopened:
+    """Opens the same SQLite file again each time, and closes everything at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.opened: list[StateStore] = []
+
+    def __call__(self) -> StateStore:
+        self.opened.append(SQLiteStore(self.path))
+        return self.opened[-1]
+
+
+@pytest.fixture(params=["sqlite", "memory"])
+def open_(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[conformance.Open]:
+    if request.param == "memory":
+        store = MemoryStore()
+        yield lambda: store
+        return
+    reopened = Reopened(tmp_path / "s.db")
+    yield reopened
+    for opened in reopened.opened:
+        opened.close()
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
+def test_store(check: conformance.Check, open_: conformance.Open) -> None:
+    check(open_)
+
+
+# --- planted bugs -------------------------------------------------------------------------------------------
+
+Admit = Callable[[Record, Expect | None, tuple[int, str, str] | None], bool]
+real_admit: Admit = protocol.admit
+
+
+def no_predicate(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None) -> bool:
+    return True
+
+
+def no_incarnation(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None) -> bool:
+    return real_admit(record, expect, stored and (stored[0], record.incarnation, stored[2]))
+
+
+def no_request_id(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None) -> bool:
+    if stored and stored == (record.version, record.incarnation, record.request_id):
+        raise StaleVersion("exists")
+    return real_admit(record, expect, stored)
+
+
+def any_request_id(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None) -> bool:
+    return real_admit(record, expect, stored and (*stored[:2], record.request_id))
+
+
+@pytest.mark.parametrize(
+    ("mutant", "check"),
+    [
+        (no_predicate, conformance.moves_only_from_the_expected_version),
+        (no_predicate, conformance.eight_threads_lose_no_update),
+        (no_incarnation, conformance.a_recreated_session_has_another_life),
+        (no_request_id, conformance.the_same_request_again_succeeds),
+        (any_request_id, conformance.the_same_request_again_succeeds),
+    ],
+)
+def test_suite_catches_a_changed_rule(
+    mutant: Admit, check: conformance.Check, open_: conformance.Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "admit", mutant)
+    monkeypatch.setattr(memory, "admit", mutant)
+    with pytest.raises((AssertionError, pytest.fail.Exception, StaleVersion)):
+        check(open_)
