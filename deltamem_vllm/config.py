@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.store.url import default_url
 
 PLUGIN = "deltamem"
 CONNECTOR = "DeltaMemConnector"
@@ -64,12 +65,6 @@ class Settings(BaseModel):
         return f"ipc://{self.control}/engine-{data_parallel_rank}"
 
 
-def default_store() -> str:
-    """SQLite in the user's data directory (``$XDG_DATA_HOME`` or ``~/.local/share``)."""
-    root = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return f"sqlite:///{Path(root).absolute() / 'deltamem' / 'sessions.db'}"
-
-
 def resolve(given: Mapping[str, Any]) -> Settings:
     """Build settings from what the command line gave (``None`` means: not given) and the environment.
 
@@ -89,7 +84,7 @@ def resolve(given: Mapping[str, Any]) -> Settings:
             "and the weights"
         )
     values["adapter"] = str(Path(values["adapter"]).expanduser().absolute())
-    values.setdefault("store", default_store())
+    values.setdefault("store", default_url())
     try:
         return Settings(**values)
     except ValidationError as e:

@@ -9,7 +9,7 @@ from deltamem_vllm.adapter.config import require_servable
 from deltamem_vllm.adapter.weights import BackboneShape, load_adapter
 from deltamem_vllm.config import PLUGIN, settings_of
 from deltamem_vllm.errors import ConfigError
-from deltamem_vllm.store.url import check_url
+from deltamem_vllm.store.url import open_store
 
 SUPPORTED = ("Qwen3ForCausalLM", "SmolLM3ForCausalLM")
 """Architectures whose answers are tested against the official implementation."""
@@ -29,7 +29,7 @@ def check(vllm_config: Any) -> None:
         return
     compat.require_hooks()
     _refuse(vllm_config)
-    check_url(settings.store)
+    open_store(settings.store).close()  # a store that cannot be opened is said now, not at the first request
     adapter = load_adapter(settings.adapter, backbone_shape(vllm_config))
     require_servable(adapter.config)
     # A compiled graph depends on the adapter's shapes; paths and sizes stay out of the key.

@@ -2,12 +2,11 @@
 
 import asyncio
 import contextlib
-import secrets
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 
 from deltamem_vllm.errors import CapacityError
-from deltamem_vllm.store.protocol import Record, SessionKey
+from deltamem_vllm.store.protocol import Record, SessionKey, new_incarnation
 
 
 MAX_SESSIONS = 100_000
@@ -28,7 +27,7 @@ class Session:
         self.key = key
         self.record: Record | None = None
         self.loaded = False
-        self.incarnation = secrets.token_hex(16)
+        self.incarnation = new_incarnation()
         self.deletions = 0
         self.loading = asyncio.Lock()
         self._owner: str | None = None
@@ -103,7 +102,7 @@ class Session:
     def erase(self) -> None:
         """The session was deleted: no record, another incarnation."""
         self.record, self.loaded = None, True
-        self.incarnation = secrets.token_hex(16)
+        self.incarnation = new_incarnation()
         self.deletions += 1
 
 
