@@ -1,0 +1,1 @@
+"""δ-mem adapters: their config, strict loading, inspection and conversion. Imports torch, never vLLM."""

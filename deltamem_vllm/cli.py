@@ -1,0 +1,19 @@
+"""The `deltamem` command: everything that works offline. Each group lives with what it is about."""
+
+from __future__ import annotations
+
+import typer
+
+from deltamem_vllm.adapter import commands as adapter
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="δ-mem for vLLM: offline tools.")
+app.add_typer(adapter.app, name="adapter")
+
+
+@app.callback()
+def main() -> None:
+    """δ-mem for vLLM: offline tools."""
+
+
+if __name__ == "__main__":
+    app()
