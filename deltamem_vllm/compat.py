@@ -70,7 +70,7 @@ def on_model_built(attach: Callable[[Any, Any], None]) -> None:
     Draft models of speculative decoding are left alone.
     vllm 0.32: ``initialize_model`` as imported by each loader; until vLLM has a hook for wrapping modules.
     """
-    utils = importlib.import_module("vllm.model_executor.model_loader.utils")
+    utils: Any = importlib.import_module("vllm.model_executor.model_loader.utils")
     original = utils.initialize_model
     if getattr(original, _MARK, False):
         return

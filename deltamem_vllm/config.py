@@ -100,7 +100,8 @@ def settings_of(carrier: Any) -> Settings | None:
         return None
     extra = transfer.kv_connector_extra_config or {}
     candidates = [(transfer.kv_connector, extra)]
-    candidates += [(c.get("kv_connector"), c.get("kv_connector_extra_config") or {}) for c in extra.get("connectors", ())]
+    for part in extra.get("connectors", ()):  # MultiConnector: ours beside the user's own
+        candidates.append((part.get("kv_connector"), part.get("kv_connector_extra_config") or {}))
     for name, options in candidates:
         if name == CONNECTOR:
             return Settings(**options[PLUGIN])

@@ -71,8 +71,14 @@ class SessionLLM:
     """
 
     def __init__(
-        self, model: str, *, adapter: str | None = None, store: str | None = None, session_slots: int | None = None,
-        kernel: str | None = None, **kwargs: Any,
+        self,
+        model: str,
+        *,
+        adapter: str | None = None,
+        store: str | None = None,
+        session_slots: int | None = None,
+        kernel: str | None = None,
+        **kwargs: Any,
     ) -> None:
         from vllm import LLM
 
@@ -94,7 +100,8 @@ class SessionLLM:
         """
         from vllm import SamplingParams
 
-        prompts, params, tickets = [], [], []
+        prompts: list[Any] = []
+        params, tickets = [], []
         try:
             for turn in turns:
                 sampling = (turn.sampling or SamplingParams()).clone()
@@ -105,8 +112,13 @@ class SessionLLM:
                     prompt["cache_salt"] = "deltamem-off:"
                 elif turn.session is not None:
                     grant = self._control.ask(
-                        "admit", tenant=TENANT, session=check_id(turn.session, "session"), mode=turn.mode, salt=None,
-                        tokens=np.asarray(prompt["prompt_token_ids"], np.int32).tobytes(), held=False,
+                        "admit",
+                        tenant=TENANT,
+                        session=check_id(turn.session, "session"),
+                        mode=turn.mode,
+                        salt=None,
+                        tokens=np.asarray(prompt["prompt_token_ids"], np.int32).tobytes(),
+                        held=False,
                     )
                     ticket = grant["ticket"]
                     sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: {"ticket": ticket}}
@@ -146,7 +158,7 @@ class SessionLLM:
         return {} if ticket is None else dict(self._control.ask("outcome", ticket=ticket))
 
     def _tokens(self, prompt: Any) -> list[int]:
-        tokenizer = self.llm.get_tokenizer()
+        tokenizer: Any = self.llm.get_tokenizer()
         if isinstance(prompt, str):
             return list(tokenizer.encode(prompt))
         if prompt and isinstance(prompt[0], dict):

@@ -31,12 +31,20 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "session-slots": {"type": int, "metavar": "N", "help": "Session states kept in device memory (default 1024)."},
     "session-header": {"metavar": "NAME", "help": "HTTP header that names the session (default X-Session-ID)."},
-    "queue-depth": {"type": int, "metavar": "N",
-                    "help": "Requests that may wait for one session; further ones get 409 (default 8)."},
-    "queue-seconds": {"type": float, "metavar": "S",
-                      "help": "How long a request may wait for its session before it gets 409 (default 30)."},
-    "kernel": {"choices": ["auto", "native", "torch"],
-               "help": "Delta-rule operators: auto takes the compiled ones and says so if it cannot (default auto)."},
+    "queue-depth": {
+        "type": int,
+        "metavar": "N",
+        "help": "Requests that may wait for one session; further ones get 409 (default 8).",
+    },
+    "queue-seconds": {
+        "type": float,
+        "metavar": "S",
+        "help": "How long a request may wait for its session before it gets 409 (default 30).",
+    },
+    "kernel": {
+        "choices": ["auto", "native", "torch"],
+        "help": "Delta-rule operators: auto takes the compiled ones and says so if it cannot (default auto).",
+    },
 }
 
 
@@ -69,7 +77,10 @@ def _add_flags(parser: Any) -> None:
     if "--plugin" not in known:  # should vLLM grow its own --plugin, that one is used
         group = parser.add_argument_group("Plugins", "Out-of-tree vLLM plugins")
         group.add_argument(
-            "--plugin", action="append", default=None, metavar="NAME",
+            "--plugin",
+            action="append",
+            default=None,
+            metavar="NAME",
             help="Activate an installed vLLM plugin by name. May be repeated.",
         )
     if "--deltamem-adapter" in known:
@@ -125,7 +136,8 @@ def allow_plugins(names: list[str]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"--plugin {name}: no installed vLLM plugin has that name (installed: {', '.join(sorted(known)) or 'none'})"
+                f"--plugin {name}: no installed vLLM plugin has that name; installed: "
+                f"{', '.join(sorted(known)) or 'none'}"
             )
     current = os.environ.get("VLLM_PLUGINS")
     if current is None:  # unset means: every plugin but the endpoint plugins
@@ -144,7 +156,7 @@ def transfer_config(settings: Settings, users: Any = None) -> Any:
     """The KV-transfer configuration that selects our connector; a connector of the user's is kept beside it."""
     from vllm.config import KVTransferConfig
 
-    ours = {
+    ours: dict[str, Any] = {
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": "kv_both",
@@ -159,7 +171,5 @@ def transfer_config(settings: Settings, users: Any = None) -> Any:
     return KVTransferConfig(
         kv_connector="MultiConnector",
         kv_role="kv_both",
-        kv_connector_extra_config={
-            "connectors": [{k: theirs[k] for k in kept if theirs.get(k) is not None}, ours]
-        },
+        kv_connector_extra_config={"connectors": [{k: theirs[k] for k in kept if theirs.get(k) is not None}, ours]},
     )

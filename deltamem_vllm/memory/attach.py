@@ -1,13 +1,16 @@
 """Attaching memories to a freshly built model: which modules, with which part of the adapter."""
 
+import dataclasses
 import logging
 import re
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
+from deltamem_vllm.adapter.config import Head
 from deltamem_vllm.adapter.weights import Adapter, LayerWeights, load_adapter
 from deltamem_vllm.config import Settings, settings_of
 from deltamem_vllm.errors import ConfigError
@@ -40,14 +43,17 @@ def attach_memory(model: nn.Module, vllm_config: VllmConfig) -> None:
         )
     logger.info(
         "δ-mem: %d attention layers wrapped, rank %d, %d state head(s), corrections %s, adapter %s",
-        wrapped, adapter.config.rank, adapter.config.num_state_heads,
-        ",".join(sorted(adapter.active)) or "none", adapter.fingerprint[:12],
+        wrapped,
+        adapter.config.rank,
+        adapter.config.num_state_heads,
+        ",".join(adapter.config.delta_heads) or "none",
+        adapter.fingerprint[:12],
     )
 
 
 def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, adapter: Adapter) -> int:
-    device = torch.device(vllm_config.device_config.device)
-    dtype = vllm_config.model_config.dtype
+    device = torch.device(str(vllm_config.device_config.device))
+    dtype: Any = vllm_config.model_config.dtype
     kernels = kernels_for(device, settings.kernel)
     limits = WriteLimits()
     wrapped = 0
@@ -55,17 +61,15 @@ def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, 
         found = _LAYER.search(name)
         if not found or found[2] not in adapter.config.target_modules or int(found[1]) not in adapter.layers:
             continue
-        layer, sizes = _shard(name, module, adapter.layers[int(found[1])])
-        pages = StatePages(f"{name}.{SUFFIX}", adapter.shape, limits, vllm_config)
-        pages.kernels = kernels
-        pages.index = int(found[1])
+        layer, sizes = _shard(name, module, adapter, adapter.layers[int(found[1])])
+        pages = StatePages(f"{name}.{SUFFIX}", int(found[1]), adapter.shape, kernels, limits, vllm_config)
         memory = MemoryLayer(layer, pages, adapter.config.scaling, dtype, device)
-        attach(module, memory, adapter.active, sizes)
+        attach(module, memory, frozenset(adapter.config.delta_heads), sizes)
         wrapped += 1
     return wrapped
 
 
-def _shard(name: str, module: nn.Module, weights: LayerWeights) -> tuple[LayerWeights, tuple[int, int]]:
+def _shard(name: str, module: Any, adapter: Adapter, weights: LayerWeights) -> tuple[LayerWeights, tuple[int, int]]:
     """This rank's part of a layer's weights, and the local widths of q and k.
 
     q, k and v rows are cut like the projections whose outputs they correct; the memory itself, its gates and δo are
@@ -73,7 +77,7 @@ def _shard(name: str, module: nn.Module, weights: LayerWeights) -> tuple[LayerWe
     """
     if not hasattr(module, "o_proj") or not (hasattr(module, "qkv_proj") or hasattr(module, "q_proj")):
         raise ConfigError(f"{name} ({type(module).__name__}) has no o_proj and qkv_proj or q_proj: not supported")
-    full_q, full_kv = weights.q_size, weights.kv_size
+    full_q, full_kv = adapter.backbone.q_size, adapter.backbone.kv_size
     if hasattr(module, "qkv_proj"):
         fused = module.qkv_proj
         q_local, kv_local = fused.num_heads * fused.head_size, fused.num_kv_heads * fused.head_size
@@ -84,12 +88,12 @@ def _shard(name: str, module: nn.Module, weights: LayerWeights) -> tuple[LayerWe
             getattr(p, "output_size_per_partition", p.output_size) for p in (module.q_proj, module.k_proj)
         )
     cut = {"q": (q_local, full_q), "k": (kv_local, full_kv), "v": (kv_local, full_kv)}
-    delta = {}
+    delta: dict[Head, torch.Tensor] = {}
     for head, matrix in weights.delta.items():
         if head in cut:
             matrix = _rows(name, head, matrix, rank, world, *cut[head])
         delta[head] = matrix
-    return weights.with_delta(delta), (q_local, kv_local)
+    return dataclasses.replace(weights, delta=delta), (q_local, kv_local)
 
 
 def _rows(name: str, head: str, matrix: torch.Tensor, rank: int, world: int, local: int, full: int) -> torch.Tensor:

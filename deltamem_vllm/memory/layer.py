@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deltamem_vllm.adapter.config import Head
 from deltamem_vllm.adapter.weights import LayerWeights
 from deltamem_vllm.memory.pages import StatePages
+
+QKV: tuple[Head, ...] = ("q", "k", "v")
 
 
 class MemoryLayer(nn.Module):
@@ -39,6 +42,9 @@ class MemoryLayer(nn.Module):
         self.scale = dict(weights.scale)
         self.o_norm_eps = weights.o_norm_eps
         self._reads: torch.Tensor | None = None
+        self.projection: torch.Tensor
+        self.bias: torch.Tensor
+        self.o_norm_weight: torch.Tensor
         # Buffers, not parameters: vLLM's weight loader must not look for them in the checkpoint.
         put = self.register_buffer
         put("projection", weights.projection.to(device, dtype), persistent=False)
@@ -57,7 +63,7 @@ class MemoryLayer(nn.Module):
         torch.ops.deltamem.scan(projected, self.bias, reads, self.pages.prefix)
         self._reads = reads.to(rows.dtype)
 
-    def correction(self, head: str) -> torch.Tensor:
+    def correction(self, head: Head) -> torch.Tensor:
         """δ of one projection, ``[T, out]``: reads · Bᵀ · (alpha / rank) · g."""
         assert self._reads is not None
         delta = F.linear(self._reads, getattr(self, f"delta_{head}")) * self.scaling
@@ -74,7 +80,7 @@ class MemoryLayer(nn.Module):
         self._reads = None
 
 
-def attach(module: nn.Module, memory: MemoryLayer, active: frozenset[str], sizes: tuple[int, int]) -> None:
+def attach(module: Any, memory: MemoryLayer, active: frozenset[Head], sizes: tuple[int, int]) -> None:
     """Hook a memory onto an attention module.
 
     Args:
@@ -86,11 +92,11 @@ def attach(module: nn.Module, memory: MemoryLayer, active: frozenset[str], sizes
     module.deltamem = memory
     module.register_forward_pre_hook(_read_hook, with_kwargs=True)
     if hasattr(module, "qkv_proj"):
-        heads = [h for h in "qkv" if h in active]
+        heads: list[Head] = [h for h in QKV if h in active]
         if heads:
             module.qkv_proj.register_forward_hook(_fused_hook(memory, heads, sizes))
     else:
-        for head in "qkv":
+        for head in QKV:
             if head in active:
                 getattr(module, f"{head}_proj").register_forward_hook(_plain_hook(memory, head))
     module.o_proj.register_forward_hook(_last_hook(memory, "o" in active))
@@ -98,7 +104,7 @@ def attach(module: nn.Module, memory: MemoryLayer, active: frozenset[str], sizes
 
 def _read_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     hidden = kwargs.get("hidden_states")
-    if hidden is None:  # positional: native attention takes (positions, hidden_states), Transformers' (hidden_states, …)
+    if hidden is None:  # positional: after integer positions in native attention, first in Transformers' own
         hidden = next(a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
     module.deltamem.read(hidden)
 
@@ -110,9 +116,9 @@ def _add(output: Any, delta: torch.Tensor) -> Any:
     return output + delta.view(output.shape)
 
 
-def _fused_hook(memory: MemoryLayer, heads: list[str], sizes: tuple[int, int]) -> Callable[..., Any]:
+def _fused_hook(memory: MemoryLayer, heads: list[Head], sizes: tuple[int, int]) -> Callable[..., Any]:
     q_size, kv_size = sizes
-    widths = {"q": q_size, "k": kv_size, "v": kv_size}
+    widths: dict[Head, int] = {"q": q_size, "k": kv_size, "v": kv_size}
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         value = output[0] if isinstance(output, tuple) else output
@@ -131,7 +137,7 @@ def _fused_hook(memory: MemoryLayer, heads: list[str], sizes: tuple[int, int]) -
     return hook
 
 
-def _plain_hook(memory: MemoryLayer, head: str) -> Callable[..., Any]:
+def _plain_hook(memory: MemoryLayer, head: Head) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         return _add(output, memory.correction(head))
 

@@ -18,12 +18,13 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from deltamem_vllm import compat
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.paged import WRITE_ALL
+from deltamem_vllm.ops.paged import WRITE_ALL, PagedOps
 
 SUFFIX = "deltamem"
 SMALLEST_KERNEL_BLOCK = 16
@@ -108,7 +109,9 @@ class StatePages(nn.Module, AttentionLayerBase):
 
     Args:
         prefix: unique layer name, ending in ``.deltamem``.
+        index: the backbone's layer.
         shape: the adapter's memory shape.
+        kernels: the paged operators that run on these pages.
         limits: the worker's shared write limits.
         vllm_config: the engine's configuration, in whose forward context the layer registers.
 
@@ -118,9 +121,18 @@ class StatePages(nn.Module, AttentionLayerBase):
         blocks_per_manager_block: kernel blocks that one block of vLLM's block manager is split into.
     """
 
-    def __init__(self, prefix: str, shape: MemoryShape, limits: WriteLimits, vllm_config: VllmConfig) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        index: int,
+        shape: MemoryShape,
+        kernels: PagedOps,
+        limits: WriteLimits,
+        vllm_config: VllmConfig,
+    ) -> None:
         super().__init__()
-        self.prefix, self.shape, self.limits = prefix, shape, limits
+        self.prefix, self.index, self.shape = prefix, index, shape
+        self.kernels, self.limits = kernels, limits
         self.kv_cache = torch.tensor([])
         self.pages: torch.Tensor | None = None
         self.tokens = 0
@@ -157,11 +169,15 @@ class StatePages(nn.Module, AttentionLayerBase):
         view = kv_cache.view(torch.float32)
         blocks, one, tokens, floats = view.shape
         if one != 1 or view.stride(3) != 1 or view.stride(2) != floats:
-            raise ConfigError(f"{self.prefix}: vLLM bound a KV cache {tuple(view.shape)} strided {view.stride()}; "
-                              "a page must be one contiguous run of floats")
+            raise ConfigError(
+                f"{self.prefix}: vLLM bound a KV cache {tuple(view.shape)} strided {view.stride()}; "
+                "a page must be one contiguous run of floats"
+            )
         if tokens * floats < self.shape.content_floats(tokens) or self._manager_block % tokens:
-            raise ConfigError(f"{self.prefix}: a page of {tokens} tokens and {floats} floats each cannot hold "
-                              f"{self.shape}; use a --block-size that is a multiple of {SMALLEST_KERNEL_BLOCK}")
+            raise ConfigError(
+                f"{self.prefix}: a page of {tokens} tokens and {floats} floats each cannot hold "
+                f"{self.shape}; use a --block-size that is a multiple of {SMALLEST_KERNEL_BLOCK}"
+            )
         self.tokens = tokens
         self.blocks_per_manager_block = self._manager_block // tokens
         self.pages = view.as_strided((blocks, tokens * floats), (view.stride(0), 1), view.storage_offset())

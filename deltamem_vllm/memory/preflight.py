@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 from deltamem_vllm import compat
-from deltamem_vllm.adapter.config import require_servable
 from deltamem_vllm.adapter.weights import BackboneShape, load_adapter
 from deltamem_vllm.config import PLUGIN, settings_of
 from deltamem_vllm.errors import ConfigError
@@ -31,7 +30,6 @@ def check(vllm_config: Any) -> None:
     _refuse(vllm_config)
     open_store(settings.store).close()  # a store that cannot be opened is said now, not at the first request
     adapter = load_adapter(settings.adapter, backbone_shape(vllm_config))
-    require_servable(adapter.config)
     # A compiled graph depends on the adapter's shapes; paths and sizes stay out of the key.
     vllm_config.additional_config = {
         **(vllm_config.additional_config or {}),

@@ -4,35 +4,41 @@
 layer's pages in vLLM's forward context, so the compiled graph holds nothing that changes between steps.
 """
 
+from typing import Any
+
 import torch
 from vllm.forward_context import get_forward_context
 
-from deltamem_vllm.memory.pages import StatePages
-from deltamem_vllm.ops.dispatch import PagedOps, select
+from deltamem_vllm.ops.dispatch import Preference, select
+from deltamem_vllm.ops.paged import PagedOps
 
 OP = "deltamem::scan"
 
-_kernels: dict[tuple[torch.device, str], PagedOps] = {}
 
-
-def kernels_for(device: torch.device, prefer: str = "auto") -> PagedOps:
+def kernels_for(device: torch.device, prefer: Preference = "auto") -> PagedOps:
     """The paged operators for a device; chosen, and announced, once per process."""
-    key = (device, prefer)
-    if key not in _kernels:
-        _kernels[key] = select(device, prefer=prefer)
-    return _kernels[key]
+    return select(device, prefer)
 
 
 def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, layer: str) -> None:
-    context = get_forward_context()
+    context: Any = get_forward_context()
     if context.attn_metadata is None:  # profiling and warm-up: no request, no page
         reads.zero_()
         return
-    pages: StatePages = context.no_compile_layers[layer]
+    pages: Any = context.no_compile_layers[layer]
     step = context.attn_metadata[layer]
     pages.kernels.page_scan(
-        pages.shape, projected, bias, pages.pages, step.block_table, step.query_start_loc, step.seq_lens,
-        pages.limits.table, reads, pages.tokens, step.num_reqs,
+        pages.shape,
+        projected,
+        bias,
+        pages.pages,
+        step.block_table,
+        step.query_start_loc,
+        step.seq_lens,
+        pages.limits.table,
+        reads,
+        pages.tokens,
+        step.num_reqs,
     )
 
 

@@ -32,10 +32,11 @@ class DeltaMemEndpoints:
         """Connect to the engines' session services and put the gateway in front of the engine."""
         settings = settings_of(engine_client.vllm_config)
         if settings is None:
-            raise ConfigError("the deltamem endpoint plugin runs only with --plugin deltamem: add it, or take deltamem "
-                              "out of VLLM_PLUGINS")
+            raise ConfigError(
+                "the deltamem endpoint plugin runs only with --plugin deltamem: add it, or take deltamem "
+                "out of VLLM_PLUGINS"
+            )
         ranks = engine_client.vllm_config.parallel_config.data_parallel_size
         clients = [ControlClient(settings.control_address(rank)) for rank in range(ranks)]
         state.deltamem = gateway = Gateway(clients, settings.queue_seconds)
         engine_client.generate = gateway.wrap(engine_client.generate)
-

@@ -79,7 +79,8 @@ class Gateway:
                 raise SessionError(
                     f"session {session!r}: n > 1, beam search and several prompts in one request leave open which of "
                     "the answers the session is to remember: ask for one, or send X-DeltaMem-Mode: read",
-                    status=400, parameter="n",
+                    status=400,
+                    parameter="n",
                 )
         if len(self.clients) > 1:
             kwargs["data_parallel_rank"] = self.rank_of(session)
@@ -87,14 +88,27 @@ class Gateway:
         return self._run(generate, scope, session, tokens, prompt, params, request_id, kwargs)
 
     async def _run(
-        self, generate: Any, scope: Scope, session: str, tokens: np.ndarray, prompt: Any, params: Any,
-        request_id: str, kwargs: dict[str, Any],
+        self,
+        generate: Any,
+        scope: Scope,
+        session: str,
+        tokens: np.ndarray,
+        prompt: Any,
+        params: Any,
+        request_id: str,
+        kwargs: dict[str, Any],
     ) -> AsyncIterator[Any]:
         client = self.client_of(session)
         try:
             grant = await client.ask(
-                "admit", timeout=self.queue_seconds + ADMIT_MARGIN, tenant=TENANT, session=session, mode=scope.mode,
-                tokens=tokens.tobytes(), salt=prompt.get("cache_salt"), held=bool(params.stop),
+                "admit",
+                timeout=self.queue_seconds + ADMIT_MARGIN,
+                tenant=TENANT,
+                session=session,
+                mode=scope.mode,
+                tokens=tokens.tobytes(),
+                salt=prompt.get("cache_salt"),
+                held=bool(params.stop),
             )
         except DeltaMemError as e:
             scope.failure = e
@@ -141,7 +155,8 @@ def _token_ids(prompt: Any) -> np.ndarray:
     if not ids or prompt.get("prompt_embeds") is not None:
         raise SessionError(
             "a session needs a prompt of tokens: prompt embeddings and streamed inputs cannot be used with one",
-            status=400, parameter="session_id",
+            status=400,
+            parameter="session_id",
         )
     return np.asarray(ids, dtype=np.int32)
 

@@ -109,8 +109,11 @@ class _Sender:
         outcome = self._ours.outcome
         if not outcome:
             return []
-        found = {"X-Session-ID": outcome.get("session"), VERSION_HEADER: outcome.get("version"),
-                 COMMIT_HEADER: outcome.get("status")}
+        found = {
+            "X-Session-ID": outcome.get("session"),
+            VERSION_HEADER: outcome.get("version"),
+            COMMIT_HEADER: outcome.get("status"),
+        }
         return [(k.lower().encode(), str(v).encode()) for k, v in found.items() if v is not None]
 
 

@@ -44,8 +44,10 @@ def make_router() -> APIRouter:
     async def get_session(session_id: str, request: Request) -> Any:
         """What is known of a session; 404 where there is none."""
         try:
-            found = await _gateway(request).client_of(check_id(session_id, "session_id")).ask(
-                "info", tenant=TENANT, session=session_id
+            found = (
+                await _gateway(request)
+                .client_of(check_id(session_id, "session_id"))
+                .ask("info", tenant=TENANT, session=session_id)
             )
             if found is None:
                 raise _not_found(session_id)
@@ -57,8 +59,10 @@ def make_router() -> APIRouter:
     async def delete_session(session_id: str, request: Request) -> Any:
         """Erase a session. A request that is running finishes and commits nothing."""
         try:
-            answer = await _gateway(request).client_of(check_id(session_id, "session_id")).ask(
-                "delete", tenant=TENANT, session=session_id
+            answer = (
+                await _gateway(request)
+                .client_of(check_id(session_id, "session_id"))
+                .ask("delete", tenant=TENANT, session=session_id)
             )
             if not answer["existed"]:
                 raise _not_found(session_id)

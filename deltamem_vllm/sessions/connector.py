@@ -80,7 +80,10 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         address = settings.control_address(vllm_config.parallel_config.data_parallel_index)
         self._service.start(lambda service: serve(service, address))
         self._scheduler = SchedulerSide(
-            self._service, _page_group(kv_cache_config), vllm_config.cache_config.block_size, state_shape,
+            self._service,
+            _page_group(kv_cache_config),
+            vllm_config.cache_config.block_size,
+            state_shape,
             settings.session_slots,
         )
 
@@ -97,18 +100,21 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         return
 
     @_guarded(Step)
-    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+    def build_connector_meta(self, scheduler_output: Any) -> Step:
         return self._scheduler_side.plan_step(scheduler_output)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
 
-    @_guarded(lambda: (False, None))
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
+        return self._finish(request, block_ids), None
+
+    @_guarded(lambda: False)
+    def _finish(self, request: Any, block_ids: tuple[list[int], ...]) -> bool:
         side = self._scheduler_side
-        return side.finish(request, block_ids[side.group] if len(block_ids) > side.group else []), None
+        return side.finish(request, block_ids[side.group] if len(block_ids) > side.group else [])
 
     @_guarded(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:

@@ -40,10 +40,15 @@ def encode_error(error: BaseException) -> dict[str, Any]:
     status = getattr(error, "status", None) or (503 if isinstance(error, StoreError) else 500)
     kind = next((c.__name__ for c in type(error).__mro__ if c in (CapacityError, SessionError, StoreError)), "other")
     message = str(error) if isinstance(error, DeltaMemError) else f"{type(error).__name__}: {error}"
-    return {"error": {
-        "type": kind, "message": message, "status": status,
-        "retry_after": getattr(error, "retry_after", None), "parameter": getattr(error, "parameter", None),
-    }}
+    return {
+        "error": {
+            "type": kind,
+            "message": message,
+            "status": status,
+            "retry_after": getattr(error, "retry_after", None),
+            "parameter": getattr(error, "parameter", None),
+        }
+    }
 
 
 def raise_error(answer: Any) -> Any:
@@ -175,7 +180,7 @@ class BlockingControlClient:
         number = next(self._numbers).to_bytes(8, "little")
         self._socket.send_multipart([number, _pack({"do": do, **question})])
         end = time.monotonic() + timeout
-        while (left := end - time.monotonic()) > 0 and self._socket.poll(left * 1000):
+        while (left := end - time.monotonic()) > 0 and self._socket.poll(int(left * 1000)):
             answered, body = self._socket.recv_multipart()
             if answered == number:
                 return raise_error(_unpack(body))

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from deltamem_vllm.errors import CapacityError
 from deltamem_vllm.store.protocol import Record, SessionKey, new_incarnation
 
-
 MAX_SESSIONS = 100_000
 """Sessions known at once, record or not."""
 
@@ -61,7 +60,8 @@ class Session:
             raise CapacityError(
                 f"session {self.key.session!r} is busy and {len(self._waiting)} requests wait for it already: retry "
                 "later, send one request of a session at a time, or raise --deltamem-queue-depth",
-                status=409, retry_after=1.0,
+                status=409,
+                retry_after=1.0,
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((ticket, turn))
@@ -77,7 +77,8 @@ class Session:
             raise CapacityError(
                 f"session {self.key.session!r} stayed busy for {seconds:g} s: retry later, or raise "
                 "--deltamem-queue-seconds",
-                status=409, retry_after=1.0,
+                status=409,
+                retry_after=1.0,
             ) from None
 
     def release(self, ticket: str) -> None:

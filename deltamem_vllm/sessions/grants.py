@@ -61,15 +61,24 @@ def state_digest(state: np.ndarray | None) -> str:
     return hashlib.blake2b(np.ascontiguousarray(state).tobytes(), digest_size=16).hexdigest()
 
 
-def cache_salt(key: SessionKey, incarnation: str, base_digest: str, limit: int, adapter: str, clients: str | None) -> str:
+def cache_salt(
+    key: SessionKey, incarnation: str, base_digest: str, limit: int, adapter: str, clients: str | None
+) -> str:
     """Prefix-cache salt of a request of a session.
 
     A cached block is right for a request only if the tokens before it *and* the memory they started from are equal,
     and if the same of them were written. All of that goes in, so that blocks made from another memory, or in another
     session, can never be taken for ours. The incarnation is random, so no client can name another's salt.
     """
-    parts = [key.tenant, key.session, incarnation, base_digest, "all" if limit == WRITE_ALL else str(limit), adapter,
-             clients or ""]
+    parts = [
+        key.tenant,
+        key.session,
+        incarnation,
+        base_digest,
+        "all" if limit == WRITE_ALL else str(limit),
+        adapter,
+        clients or "",
+    ]
     hasher = hashlib.blake2b(digest_size=16, person=b"deltamem-salt")
     for part in parts:
         raw = part.encode()

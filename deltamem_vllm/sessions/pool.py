@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from deltamem_vllm.memory.pages import StatePages
-from deltamem_vllm.ops.dispatch import PagedOps
+from deltamem_vllm.ops.paged import PagedOps
 
 
 class SessionPool:

@@ -146,7 +146,8 @@ class SchedulerSide:
 
     def _take(self, request: str, held: Held, fed: int) -> bool:
         if fed < held.grant.prompt_tokens or (fed - 1) // self._block_size >= len(held.blocks):
-            self._service.end(held.grant.ticket, "failed", f"{fed} tokens fed, of a prompt of {held.grant.prompt_tokens}")
+            why = f"{fed} tokens fed, of a prompt of {held.grant.prompt_tokens}"
+            self._service.end(held.grant.ticket, "failed", why)
             return False
         block = held.blocks[(fed - 1) // self._block_size]
         count = (fed - 1) % self._block_size + 1

@@ -68,8 +68,15 @@ class SessionService:
     """
 
     def __init__(
-        self, *, store_url: str, layout: str, adapter: str, model: str, state_shape: tuple[int, ...],
-        queue_depth: int, queue_seconds: float,
+        self,
+        *,
+        store_url: str,
+        layout: str,
+        adapter: str,
+        model: str,
+        state_shape: tuple[int, ...],
+        queue_depth: int,
+        queue_seconds: float,
     ) -> None:
         self.layout, self.adapter, self.model, self.state_shape = layout, adapter, model, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
@@ -109,7 +116,7 @@ class SessionService:
     def _run(self) -> None:
         try:
             asyncio.run(self._main())
-        except BaseException as e:  # noqa: BLE001 - reported to whoever waits in start()
+        except BaseException as e:
             self._start_error = e
             logger.exception("the session service stopped")
         finally:
@@ -175,18 +182,26 @@ class SessionService:
             base = record.end if plan.kind == "new" else record.base
             base = base if base.any() else None  # the empty memory has one name only
         grant = Grant(
-            ticket=ticket, key=session.key, mode=mode, plan=plan, prompt_tokens=len(tokens), base=base,
-            base_digest=state_digest(base), write_limit=windows.write_limit(plan, mode, len(tokens)),
+            ticket=ticket,
+            key=session.key,
+            mode=mode,
+            plan=plan,
+            prompt_tokens=len(tokens),
+            base=base,
+            base_digest=state_digest(base),
+            write_limit=windows.write_limit(plan, mode, len(tokens)),
             expect=Expect(record.version, record.incarnation) if record is not None else None,
-            incarnation=session.incarnation, held_for_verdict=held,
+            incarnation=session.incarnation,
+            held_for_verdict=held,
         )
         version = record.version if record is not None else 0
         entry = Ticket(grant, session.deletions, version, self._loop.create_future())
         self._tickets[ticket] = entry
         entry.timer = self._loop.call_later(CLAIM_SECONDS, self._expire, ticket)
+        limit = grant.write_limit
         return {
             "ticket": ticket,
-            "salt": cache_salt(session.key, grant.incarnation, grant.base_digest, grant.write_limit, self.adapter, salt),
+            "salt": cache_salt(session.key, grant.incarnation, grant.base_digest, limit, self.adapter, salt),
             "version": version,
             "window": plan.kind,
             "matched": plan.matched,
@@ -204,14 +219,16 @@ class SessionService:
     def _verify(self, record: Record) -> None:
         """Refuse a memory made with another adapter, model or shape; zeroing it silently would lose it."""
         for what, have, want in (
-            ("adapter", record.adapter, self.adapter), ("model", record.model, self.model),
+            ("adapter", record.adapter, self.adapter),
+            ("model", record.model, self.model),
             ("layout", record.layout, self.layout),
         ):
             if have != want:
                 raise SessionError(
                     f"session {record.key.session!r} was written with {what} {have}, this server runs {want}: serve it "
                     "with what it was written with, or delete the session",
-                    status=422, parameter="session_id",
+                    status=422,
+                    parameter="session_id",
                 )
 
     async def outcome(self, ticket: str) -> dict[str, Any]:
@@ -312,9 +329,7 @@ class SessionService:
             result = {"status": "failed", "error": f"{type(e).__name__}: {e}"}
         self._settle(ticket, result)
 
-    def _next_record(
-        self, grant: Grant, last: Record | None, tokens_fed: list[int], state: np.ndarray
-    ) -> Record:
+    def _next_record(self, grant: Grant, last: Record | None, tokens_fed: list[int], state: np.ndarray) -> Record:
         if not np.isfinite(state).all():
             raise CorruptRecord("the state after this request is not finite; it was not saved")
         now = time.time()
@@ -327,8 +342,11 @@ class SessionService:
             version=(grant.expect.version if grant.expect else 0) + 1,
             incarnation=grant.incarnation,
             request_id=grant.ticket,
-            adapter=self.adapter, model=self.model, layout=self.layout,
-            base=base, end=state,
+            adapter=self.adapter,
+            model=self.model,
+            layout=self.layout,
+            base=base,
+            end=state,
             window=windows.pack(windows.advance(grant.plan, tokens_fed, grant.prompt_tokens)),
             created_at=last.created_at if last else now,
             updated_at=now,
@@ -363,5 +381,3 @@ class SessionService:
 def _window_tokens(record: Record) -> int:
     window = windows.unpack(record.window)
     return window.end.count if window is not None else 0
-
-
