@@ -35,7 +35,7 @@ test: venv
 	@exec $(PY) -m pytest $(PYTEST_ARGS)
 
 nightly: venv
-	@DELTAMEM_NIGHTLY=1 exec $(PY) -m pytest --timeout 7200 $(PYTEST_ARGS)
+	@exec env DELTAMEM_NIGHTLY=1 $(PY) -m pytest --timeout 7200 $(PYTEST_ARGS)
 
 lint: venv
 	@$(PY) -m ruff check .

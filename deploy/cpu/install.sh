@@ -60,26 +60,53 @@ if ! { [ -x "$venv/bin/python" ] && supported "$venv/bin/python" && "$venv/bin/p
     fail "$python cannot make a virtual environment (Debian: apt-get install python3-venv)"
 fi
 rm -f "$stamp"
-pip=("$venv/bin/python" -m pip install --quiet --no-input --progress-bar off --no-deps)
+log=$venv/install.log
+: >"$log"
 
-packages=$(grep -cvE '^(#|$)' "$here/requirements.lock")
+# pip with its output in a log; says now and then how far it is, and shows the log's end if it fails.
+install() {
+  local code=0 begun=$SECONDS total=$1 pid fetched
+  shift
+  "$venv/bin/python" -m pip install --no-input --progress-bar off --no-deps "$@" >"$log" 2>&1 &
+  pid=$!
+  trap 'kill "$pid" 2>/dev/null; rm -rf "$work"' EXIT
+  while kill -0 "$pid" 2>/dev/null; do
+    sleep 0.5
+    if [ $((SECONDS - begun)) -ge 15 ]; then
+      begun=$SECONDS
+      fetched=$(grep -c '^Collecting ' "$log" || true)
+      if grep -q '^Installing collected' "$log"; then say "  … unpacking"
+      elif [ "$fetched" -gt 0 ]; then say "  … $fetched of $total fetched"
+      else say "  … building"; fi
+    fi
+  done
+  wait "$pid" || code=$?
+  trap 'rm -rf "$work"' EXIT
+  if [ "$code" != 0 ]; then
+    tail -n 25 "$log" >&2
+    fail "pip failed, see above (all of it: $log)"
+  fi
+}
+
+count() { grep -cvE '^(#|$)' "$1"; }
+work=$(mktemp -d)
+
+packages=$(count "$here/requirements.lock")
 say "installing vLLM for the CPU: $packages pinned packages, about 2.5 GB on disk, a few minutes"
-"${pip[@]}" -r "$here/requirements.lock"
+install "$packages" -r "$here/requirements.lock"
 "$venv/bin/python" -c 'import torch, sys; sys.exit(torch.version.cuda is not None)' 2>/dev/null ||
   fail "the torch that pip chose is not a CPU build, and the locked vLLM needs one:" \
     "let pip find torch's CPU wheels (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS), then run this again"
 
 say "installing build tools, pytest, ruff and mypy"
-"${pip[@]}" -r "$here/requirements-dev.lock"
+install "$(count "$here/requirements-dev.lock")" -r "$here/requirements-dev.lock"
 
 say "naming the CPU build of vLLM \`vllm\`"
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 cp -r "$here/vllm-metapackage" "$work/vllm"  # setuptools writes beside what it builds
-"${pip[@]}" --no-build-isolation "$work/vllm"
+install 1 --no-build-isolation "$work/vllm"
 
 say "compiling csrc/ and installing deltamem_vllm"
-"${pip[@]}" --no-build-isolation --editable "$root"
+install 1 --no-build-isolation --editable "$root"
 
 say "checking the result"
 (cd / && "$venv/bin/python" - <<'CHECK') || fail "the installed packages do not work together, see above; remove $venv and run this again"
