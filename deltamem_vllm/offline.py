@@ -87,8 +87,8 @@ class SessionLLM:
 
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0":
             raise ConfigError(
-                "VLLM_ENABLE_V1_MULTIPROCESSING=0 steps the engine only while requests run, so a session's commit could "
-                "wait forever: unset it"
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0 steps the engine only while requests run, so a session's commit "
+                "could wait forever: unset it"
             )
         given = {"adapter": adapter, "store": store, "session_slots": session_slots, "kernel": kernel}
         settings = resolve(given).with_control()
