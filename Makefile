@@ -17,7 +17,7 @@ help:
 	@echo 'make test     all tests (PYTEST_ARGS="tests/ops -k paged" for some)'
 	@echo 'make nightly  all tests with their campaigns at full size'
 	@echo 'make lint     ruff and mypy'
-	@echo 'make bench    load tests'
+	@echo 'make bench    speed of the delta-rule operators and of durable commits on this machine'
 	@echo 'make venv     only the environment ($(VENV); VENV=DIR for another)'
 	@echo 'make clean    remove the environment and everything that was built'
 
@@ -39,11 +39,12 @@ nightly: venv
 
 lint: venv
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
 bench: venv
-	@if [ -f loadtests/__main__.py ]; then exec $(PY) -m loadtests; \
-	else echo 'There are no load tests in this version yet.'; exit 1; fi
+	@$(PY) -m loadtests.kernels
+	@$(PY) -m loadtests.commits
 
 clean:
 	rm -rf $(VENV) .venv-ci build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -77,7 +77,9 @@ def show(screen: Screen, model: Path, adapter: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="deltamem-demo-") as folder:
         store = Path(folder) / "sessions.db"
         log = Path(folder) / "server.log"
-        server = VllmServer(model, adapter, f"sqlite:///{store}", *SMALL, "--served-model-name", NAME, log=log)
+        temporary = {"TMPDIR": folder}  # what a killed server leaves behind goes with the folder
+        arguments = (*SMALL, "--served-model-name", NAME)
+        server = VllmServer(model, adapter, f"sqlite:///{store}", *arguments, env=temporary, log=log)
         with server, Client(server.base_url, NAME) as client:
             screen.step("1  vllm serve with --plugin deltamem")
             screen.plain(" ".join(["vllm", *server.command[1:]]))

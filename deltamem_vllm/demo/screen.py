@@ -78,7 +78,9 @@ class Screen:
                 text = escape(reply.text) if reply is not None else ""
                 cells.append(f"[bold green]{text}[/]" if right else f"[dim]{text}[/]" if row.expected else text)
             table.add_row(
-                escape(row.sent), str(row.remembering.prompt_tokens), *cells,
+                escape(row.sent),
+                str(row.remembering.prompt_tokens),
+                *cells,
                 str(row.info["version"]) if row.info else "–",
                 f"{row.info['state_bytes']:,}" if row.info else "–",
             )

@@ -85,9 +85,7 @@ def take_turn(client: Client, sent: str, expected: str | None) -> Row:
         remembering.prompt_tokens == without.prompt_tokens,
         f"{sent!r} took {remembering.prompt_tokens} prompt tokens with memory, {without.prompt_tokens} without",
     )
-    require(
-        before is None or info["state_bytes"] == before["state_bytes"] > 0, f"the memory's size changed: {info}"
-    )
+    require(before is None or info["state_bytes"] == before["state_bytes"] > 0, f"the memory's size changed: {info}")
     if expected is not None:
         _require_answers(sent, expected, without, remembering)
     return Row(sent, expected, without, remembering, info)
@@ -102,9 +100,7 @@ def ask_forgotten(client: Client, question: Question) -> Row:
 
 
 def _require_answers(sent: str, expected: str, without: Reply, remembering: Reply) -> None:
-    require(
-        says(remembering, expected), f"with memory, {sent!r} was answered {remembering.text!r}, not {expected!r}"
-    )
+    require(says(remembering, expected), f"with memory, {sent!r} was answered {remembering.text!r}, not {expected!r}")
     require(
         not says(without, expected), f"without memory, {sent!r} was answered {without.text!r}: it knew {expected!r}"
     )
