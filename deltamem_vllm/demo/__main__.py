@@ -100,8 +100,8 @@ def remember(screen: Screen, client: Client) -> None:
     screen.turns(rows)
     right = len(ASKED)
     screen.say(
-        f"With the session {right} of {right} questions are answered right, without it 0 of {right}. The prompts are "
-        "the same tokens: what was said before is in the memory, whose size does not grow."
+        f"With the session {right} of {right} questions are answered right, without it 0 of {right}. The prompts "
+        "are equally long: what was said before is in the memory, whose size does not grow."
     )
 
 
