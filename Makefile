@@ -43,8 +43,7 @@ lint: venv
 	@$(PY) -m mypy
 
 bench: venv
-	@$(PY) -m loadtests.kernels
-	@$(PY) -m loadtests.commits
+	@exec $(PY) -m loadtests
 
 clean:
 	rm -rf $(VENV) .venv-ci build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
