@@ -2,13 +2,13 @@
 
 import sys
 
-from loadtests import commits, kernels
+from loadtests import commits, hooks, kernels
 
 
 def main() -> None:
     """Run them with their default sizes."""
     del sys.argv[1:]
-    for name, benchmark in (("delta-rule operators", kernels), ("durable commits", commits)):
+    for name, benchmark in (("delta-rule operators", kernels), ("durable commits", commits), ("engine hooks", hooks)):
         print(f"\n{name}", flush=True)  # noqa: T201
         benchmark.main()
 
