@@ -74,7 +74,7 @@ def test_waiting_has_a_deadline_and_leaves_no_trace() -> None:
     async def scenario() -> None:
         session = Session(KEY)
         await session.acquire("owner", 8, 5)
-        with pytest.raises(CapacityError, match="stayed busy for 0.02 s.*--deltamem-queue-seconds") as e:
+        with pytest.raises(CapacityError, match=r"stayed busy for 0\.02 s.*--deltamem-queue-seconds") as e:
             await session.acquire("late", 8, 0.02)
         assert e.value.status == 409
         session.release("owner")
@@ -179,4 +179,3 @@ def test_erase_starts_another_life() -> None:
     assert session.incarnation != before
     session.forget()
     assert not session.loaded
-

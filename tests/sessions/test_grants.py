@@ -51,9 +51,7 @@ def test_parts_cannot_run_into_each_other() -> None:
     salts = set()
     cuts = list(itertools.combinations(range(1, len(text)), 4))
     for a, b, c, d in cuts:
-        salts.add(
-            cache_salt(SessionKey(text[:a], text[a:b]), text[b:c], text[c:d], WRITE_ALL, text[d:], None)
-        )
+        salts.add(cache_salt(SessionKey(text[:a], text[a:b]), text[b:c], text[c:d], WRITE_ALL, text[d:], None))
     assert len(salts) == len(cuts)
 
 

@@ -120,9 +120,7 @@ def test_two_writers_in_order(store_url: str) -> None:
 
 def test_many_writers_lose_no_turn(store_url: str) -> None:
     async def scenario(service: SessionService) -> None:
-        outcomes = await asyncio.gather(
-            *(turn(service, f"s{i % 4}", [10 + i, 100 + i], [0]) for i in range(32))
-        )
+        outcomes = await asyncio.gather(*(turn(service, f"s{i % 4}", [10 + i, 100 + i], [0]) for i in range(32)))
         assert {o["status"] for o in outcomes} == {"committed"}
         for s in range(4):
             assert sorted(o["version"] for o in outcomes if o["session"] == f"s{s}") == list(range(1, 9))
@@ -355,7 +353,7 @@ def test_a_memory_of_another_server_is_refused_and_kept(what: str, tmp_path: Pat
 
     async def refuse(service: SessionService) -> None:
         for mode in ("readwrite", "read"):
-            with pytest.raises(SessionError, match=f"written with {what} .*, this server runs .*delete the session") as e:
+            with pytest.raises(SessionError, match=f"written with {what} .* delete the session") as e:
                 await admit(service, "s", [3], mode)
             assert e.value.status == 422
         with pytest.raises(SessionError, match=what):
@@ -405,9 +403,7 @@ class Faulty(MemoryStore):
 
 
 @pytest.mark.parametrize("applies", [False, True])
-def test_a_store_that_fails_costs_the_turn_and_not_the_session(
-    applies: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_store_that_fails_costs_the_turn_and_not_the_session(applies: bool, caplog: pytest.LogCaptureFixture) -> None:
     store = Faulty()
 
     async def scenario(service: SessionService) -> None:
