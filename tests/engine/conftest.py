@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from tests.engine.measured import SECONDS, WORST
+from tests.engine.measured import report
 
 NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 
@@ -17,10 +17,7 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not WORST and not SECONDS:
-        return
-    terminalreporter.section("engines: worst deviations")
-    for name, value in sorted(WORST.items(), key=lambda item: -item[1]):
-        terminalreporter.line(f"{value:.1e}  {name}")
-    for name, seconds in SECONDS:
-        terminalreporter.line(f"start {seconds:5.1f} s  {name}")
+    if lines := report():
+        terminalreporter.section("engines: worst deviations")
+        for line in lines:
+            terminalreporter.line(line)

@@ -27,6 +27,7 @@ from deltamem_vllm.store.codec import encode
 from deltamem_vllm.store.protocol import Record, SessionKey
 from deltamem_vllm.store.url import open_store
 from tests.engine.asking import Ask, Reply
+from tests.engine.measured import note_start
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 280.0
@@ -54,6 +55,7 @@ class Setup:
         env: environment variables.
         plant: name of a bug to plant, see `tests.engine.planted`.
         inline: the engine's core in the same process; starts sooner.
+        path: folders put before all others on ``PYTHONPATH``.
     """
 
     model: Path
@@ -63,6 +65,7 @@ class Setup:
     env: Mapping[str, str] = field(default_factory=dict)
     plant: str | None = None
     inline: bool = False
+    path: tuple[str, ...] = ()
 
 
 class EngineError(AssertionError):
@@ -72,11 +75,11 @@ class EngineError(AssertionError):
 class Engine:
     """A running engine; a context manager.
 
-    Attributes:
-        start_seconds: how long the start took.
+    Args:
+        name: for the report of deviations.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, name: str = "engine") -> None:
         self.setup = setup
         self._folder = tempfile.TemporaryDirectory(prefix="deltamem-engine-")
         self.folder = Path(self._folder.name)
@@ -100,7 +103,7 @@ class Engine:
         except BaseException:
             self.stop()
             raise
-        self.start_seconds = time.monotonic() - began
+        note_start(name, time.monotonic() - began)
 
     def run(self, *asks: Ask) -> list[Reply]:
         """Run requests together in one batch."""
@@ -176,7 +179,7 @@ class Engine:
         given = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "DELTAMEM_"))}
         return {
             **given,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), given.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [*self.setup.path, str(ROOT), given.get("PYTHONPATH")])),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",

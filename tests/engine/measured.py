@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import os
-
-WORST: dict[str, float] = {}
+WORST: dict[tuple[str, str], float] = {}
 SECONDS: list[tuple[str, float]] = []
 
 
-def note(what: str, value: float) -> None:
-    """Remember the largest value of its kind, under the name of the running test's module and configuration."""
-    test = os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].split(" ")[0]
-    name = f"{test or 'set-up'}: {what}"
-    WORST[name] = max(value, WORST.get(name, 0.0))
+def note(kind: str, value: float) -> None:
+    """Remember the largest value of its kind on the engine that started last."""
+    key = (SECONDS[-1][0] if SECONDS else "", kind)
+    WORST[key] = max(value, WORST.get(key, 0.0))
 
 
-def note_start(what: str, seconds: float) -> None:
+def note_start(engine: str, seconds: float) -> None:
     """Remember how long an engine took to start."""
-    SECONDS.append((what, seconds))
+    SECONDS.append((engine, seconds))
+
+
+def report() -> list[str]:
+    """Lines for the end of the session."""
+    lines = []
+    for engine, seconds in SECONDS:
+        worst = ", ".join(f"{kind} {value:.1e}" for (name, kind), value in sorted(WORST.items()) if name == engine)
+        lines.append(f"{engine:32s} start {seconds:4.0f} s  {worst}")
+    return lines

@@ -86,21 +86,21 @@ def case(name: str) -> Case:
 def check_reply(expected: Case, run: str, reply: Reply) -> None:
     """Tokens equal; every reported log-probability within the tolerance."""
     assert reply.tokens == expected.reply(run), f"{run}: other tokens than the official code's"
-    note(f"{expected.name} {run} reply", worst(f"{run} reply", reply.logprobs, expected.reply_logprobs(run)))
+    note("reply", worst(f"{run} reply", reply.logprobs, expected.reply_logprobs(run)))
 
 
 def check_prompt(expected: Case, run: str, reply: Reply) -> None:
     """Every prompt log-probability within the tolerance."""
     got = [top for top in reply.prompt[1:] if top is not None]
     assert len(got) == len(reply.prompt) - 1, f"{run}: no prompt log-probabilities"
-    note(f"{expected.name} {run} prompt", worst(f"{run} prompt", got, expected.prompt_logprobs(run)[:-1]))
+    note("prompt", worst(f"{run} prompt", got, expected.prompt_logprobs(run)[:-1]))
 
 
 def check_state(name: str, state: np.ndarray, expected: np.ndarray) -> None:
     """A committed memory within the tolerance."""
     apart = float(np.abs(state.reshape(expected.shape) - expected).max())
     assert apart <= ENGINE_STATE, f"{name}: the state is {apart:.1e} away"
-    note(f"{name} state", apart)
+    note("state", apart)
 
 
 def worst(what: str, got: Sequence[Top], expected: Sequence[Top], tolerance: float = ENGINE_LOGPROB) -> float:

@@ -85,6 +85,31 @@ def base(engine: Engine, case: Case, *, prompt: bool) -> None:
     assert engine.record_bytes(session) == before
 
 
+def mixed_batch(engine: Engine, case: Case, *, prompt: bool) -> None:
+    """Sessions, readers, requests without memory and without session side by side."""
+    empty, other, grown = fresh("mixed"), fresh("mixed"), with_first_turn(engine, case, "mixed")
+    read = with_first_turn(engine, case, "mixed")
+    before = engine.record_bytes(read)
+    asked = [
+        ("first_turn", empty, "readwrite"),
+        ("base", None, "off"),
+        ("read_only", read, "read"),
+        ("new_window", grown, "readwrite"),
+        ("base", read, "off"),
+        ("first_turn", None, "readwrite"),
+        ("new_window_zero_state", None, "readwrite"),
+        ("read_only", read, "read"),
+        ("first_turn", other, "readwrite"),
+    ]
+    replies = engine.run(*(Ask(case.prompt(run), session, mode) for run, session, mode in asked))  # type: ignore[arg-type]
+    for (run, _, _), reply in zip(asked, replies, strict=True):
+        check_reply(case, run, reply)
+    for session in (empty, other):
+        check_state(f"{case.name} first reply", engine.state(session), case.state_after_first_reply())
+    assert engine.record_bytes(read) == before
+    check_turn_state(engine, case, "new_window", grown)
+
+
 RUNS: dict[str, Callable[..., None]] = {
-    run.__name__: run for run in (first_turn, same_window, new_window, read_only, base)
+    run.__name__: run for run in (first_turn, same_window, new_window, read_only, base, mixed_batch)
 }

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from tests.engine.engine import Engine, Setup
-from tests.engine.measured import note_start
 from tests.engine.official import CASES, Case, case
 from tests.engine.runs import RUNS
 
@@ -15,8 +14,7 @@ from tests.engine.runs import RUNS
 @pytest.fixture(scope="module", params=CASES)
 def official(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Case]]:
     expected = case(request.param)
-    with Engine(Setup(expected.model, expected.adapter)) as engine:
-        note_start(request.param, engine.start_seconds)
+    with Engine(Setup(expected.model, expected.adapter), request.param) as engine:
         yield engine, expected
 
 
