@@ -5,8 +5,10 @@ default. Settings travel inside vLLM's own configuration, in the connector's ext
 the server (API, engine core, workers) sees the same values.
 """
 
+import atexit
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +60,14 @@ class Settings(BaseModel):
 
     def with_control(self) -> "Settings":
         """The same settings with a fresh, private folder for the control sockets."""
-        return self.model_copy(update={"control": tempfile.mkdtemp(prefix="deltamem-")})
+        folder, maker = tempfile.mkdtemp(prefix="deltamem-"), os.getpid()
+
+        def remove() -> None:
+            if os.getpid() == maker:  # not in a forked child that inherits this exit handler
+                shutil.rmtree(folder, ignore_errors=True)
+
+        atexit.register(remove)
+        return self.model_copy(update={"control": folder})
 
     def control_address(self, data_parallel_rank: int) -> str:
         """ZeroMQ address of one engine's control socket."""

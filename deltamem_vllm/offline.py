@@ -10,6 +10,8 @@ A `Turn` without a session runs from the empty memory, one with ``mode="off"`` o
 """
 
 import contextlib
+import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from deltamem_vllm.config import PLUGIN, resolve
+from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.plugin import allow_plugins, register, transfer_config
 from deltamem_vllm.server.scope import TENANT, Mode, check_id
 from deltamem_vllm.sessions.control import BlockingControlClient
@@ -82,6 +85,11 @@ class SessionLLM:
     ) -> None:
         from vllm import LLM
 
+        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0":
+            raise ConfigError(
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0 steps the engine only while requests run, so a session's commit "
+                "could wait forever: unset it"
+            )
         given = {"adapter": adapter, "store": store, "session_slots": session_slots, "kernel": kernel}
         settings = resolve(given).with_control()
         allow_plugins([PLUGIN])
@@ -111,8 +119,10 @@ class SessionLLM:
                     sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: {"mode": "off"}}
                     prompt["cache_salt"] = "deltamem-off:"
                 elif turn.session is not None:
+                    ticket = secrets.token_hex(16)
                     grant = self._control.ask(
                         "admit",
+                        ticket=ticket,
                         tenant=TENANT,
                         session=check_id(turn.session, "session"),
                         mode=turn.mode,
@@ -120,7 +130,6 @@ class SessionLLM:
                         tokens=np.asarray(prompt["prompt_token_ids"], np.int32).tobytes(),
                         held=False,
                     )
-                    ticket = grant["ticket"]
                     sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: {"ticket": ticket}}
                     prompt["cache_salt"] = grant["salt"]
                 tickets.append(ticket)

@@ -225,9 +225,7 @@ def check_servable(config: AdapterConfig, source: str) -> None:
             "not served yet; token granularity only (TSW, MSW)"
         )
     if config.target_modules != ("self_attn",):
-        raise AdapterError(
-            f"{source}: target_modules {list(config.target_modules)} are not served; ['self_attn'] only"
-        )
+        raise AdapterError(f"{source}: target_modules {list(config.target_modules)} are not served; ['self_attn'] only")
 
 
 def _plain(value: object) -> object:
@@ -239,6 +237,5 @@ def _check_archived(key: str, value: object, source: str) -> None:
     plain = list(value) if isinstance(value, tuple) else _plain(value)
     if plain != only or isinstance(plain, bool) != isinstance(only, bool):
         raise AdapterError(
-            f"{source}: {key} is {value!r}, but only {only!r} is possible: "
-            "the official code has archived that design"
+            f"{source}: {key} is {value!r}, but only {only!r} is possible: the official code has archived that design"
         )

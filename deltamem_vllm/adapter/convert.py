@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from deltamem_vllm.adapter.config import CONFIG_FILE
+from deltamem_vllm.adapter.config import CONFIG_FILE, load_config
 from deltamem_vllm.adapter.files import PT_FILE, SAFETENSORS_FILE, read_tensors
 from deltamem_vllm.adapter.weights import load_adapter
 from deltamem_vllm.errors import AdapterError
@@ -33,6 +33,7 @@ def convert_adapter(folder: str | Path, *, overwrite: bool = False) -> Path:
         raise AdapterError(f"{folder}: there is no {PT_FILE} to convert")
     if target.exists() and not overwrite:
         raise AdapterError(f"{target} exists already: delete it, or pass --overwrite")
+    load_config(folder)
     tensors = {name: tensor.contiguous() for name, tensor in read_tensors(source).items()}
     try:
         # The whole folder is made beside the target, checked like any adapter, and only then is the file

@@ -95,9 +95,7 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
 
 def _check_archive(path: Path) -> None:
     if not zipfile.is_zipfile(path):
-        raise AdapterError(
-            f"{path}: not a file of torch.save (since torch 1.6): damaged, or incompletely downloaded?"
-        )
+        raise AdapterError(f"{path}: not a file of torch.save (since torch 1.6): damaged, or incompletely downloaded?")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()

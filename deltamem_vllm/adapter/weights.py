@@ -26,9 +26,7 @@ from deltamem_vllm.ops.layout import MemoryShape
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: <prefix>layers.<index>.<module>.<parameter>
-_NAME = re.compile(
-    r"(?P<prefix>(?:\w+\.)*)layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<module>\w+)\.(?P<parameter>\w+)"
-)
+_NAME = re.compile(r"(?P<prefix>(?:\w+\.)*)layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<module>\w+)\.(?P<parameter>\w+)")
 
 
 @dataclass(frozen=True)
@@ -171,9 +169,7 @@ def _largest_file(config: AdapterConfig, backbone: BackboneShape) -> int:
     return layers * (4 * floats + 1024 * len(shapes)) + (1 << 20)
 
 
-def _group(
-    tensors: dict[str, Tensor], config: AdapterConfig, path: Path
-) -> tuple[dict[int, dict[str, Tensor]], str]:
+def _group(tensors: dict[str, Tensor], config: AdapterConfig, path: Path) -> tuple[dict[int, dict[str, Tensor]], str]:
     """Tensors by layer and parameter, and the prefix that all names share."""
     by_layer: dict[int, dict[str, Tensor]] = {}
     prefixes: dict[str, str] = {}
@@ -190,9 +186,7 @@ def _group(
     return dict(sorted(by_layer.items())), next(iter(prefixes))
 
 
-def _infer_backbone(
-    by_layer: dict[int, dict[str, Tensor]], config: AdapterConfig, path: Path
-) -> BackboneShape:
+def _infer_backbone(by_layer: dict[int, dict[str, Tensor]], config: AdapterConfig, path: Path) -> BackboneShape:
     """The model that most of the tensors were made for."""
 
     def size(parameter: str, dim: int) -> int:
@@ -206,9 +200,7 @@ def _infer_backbone(
     return BackboneShape(layers, size("memory_q_proj", 1), size("delta_q_proj", 0), size("delta_k_proj", 0))
 
 
-def _check_same_model(
-    config: AdapterConfig, found: BackboneShape, backbone: BackboneShape, path: Path
-) -> None:
+def _check_same_model(config: AdapterConfig, found: BackboneShape, backbone: BackboneShape, path: Path) -> None:
     widths = [(b.hidden_size, b.q_size, b.kv_size) for b in (found, backbone)]
     few = found.num_layers < backbone.num_layers and not config.target_layers
     if widths[0] != widths[1] or few or found.num_layers > backbone.num_layers:
@@ -237,13 +229,9 @@ def _check_tensors(
             if tensor is None:
                 raise AdapterError(f"{path}: missing tensor {name!r}, expected shape {list(shape)}")
             if tuple(tensor.shape) != shape:
-                raise AdapterError(
-                    f"{path}: tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)}"
-                )
+                raise AdapterError(f"{path}: tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)}")
             if tensor.dtype not in DTYPES:
-                raise AdapterError(
-                    f"{path}: tensor {name!r} is {tensor.dtype}, expected float32, bfloat16 or float16"
-                )
+                raise AdapterError(f"{path}: tensor {name!r} is {tensor.dtype}, expected float32, bfloat16 or float16")
             if not bool(torch.isfinite(tensor).all()):
                 raise AdapterError(f"{path}: tensor {name!r} holds NaN or infinity: the training diverged")
 

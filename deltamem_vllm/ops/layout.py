@@ -50,9 +50,7 @@ class MemoryShape:
         if self.rank < 1 or self.heads < 1:
             raise ValueError(f"rank and heads must be at least 1, got rank={self.rank}, heads={self.heads}")
         if self.update_mode not in UPDATE_MODES:
-            raise ValueError(
-                f"update_mode must be one of {', '.join(UPDATE_MODES)}, got {self.update_mode!r}"
-            )
+            raise ValueError(f"update_mode must be one of {', '.join(UPDATE_MODES)}, got {self.update_mode!r}")
 
     @property
     def width(self) -> int:

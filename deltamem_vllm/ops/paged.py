@@ -170,8 +170,7 @@ def check_page_state(
     for i, (block, count) in enumerate(zip(block_ids.tolist(), counts.tolist(), strict=True)):
         if not (0 <= block < pages.shape[0] and 0 <= count <= block_size):
             raise ValueError(
-                f"page_state: entry {i} asks for {count} of {block_size} tokens "
-                f"of block {block} of {pages.shape[0]}"
+                f"page_state: entry {i} asks for {count} of {block_size} tokens of block {block} of {pages.shape[0]}"
             )
 
 
@@ -197,6 +196,4 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int | Non
 def _check_blocks(request: int, blocks: list[int], num_blocks: int) -> None:
     for block in blocks:
         if not 0 <= block < num_blocks:
-            raise ValueError(
-                f"page_scan: request {request} uses block {block}, but there are {num_blocks} pages"
-            )
+            raise ValueError(f"page_scan: request {request} uses block {block}, but there are {num_blocks} pages")

@@ -101,8 +101,6 @@ def _scan_request(
             base.copy_(state)
         part = slice(done, done + count)
         log[slot : slot + count] = rows[part]
-        reads[part], state = reference.scan(
-            shape, q[part], k[part], v[part], beta[part], lam[part], state, write[part]
-        )
+        reads[part], state = reference.scan(shape, q[part], k[part], v[part], beta[part], lam[part], state, write[part])
         done += count
     return reads

@@ -7,6 +7,7 @@ vLLM resolves the effective session id (body before header before ``vllm_xargs``
 import asyncio
 import contextlib
 import copy
+import secrets
 import zlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -98,26 +99,12 @@ class Gateway:
         request_id: str,
         kwargs: dict[str, Any],
     ) -> AsyncIterator[Any]:
-        client = self.client_of(session)
-        try:
-            grant = await client.ask(
-                "admit",
-                timeout=self.queue_seconds + ADMIT_MARGIN,
-                tenant=TENANT,
-                session=session,
-                mode=scope.mode,
-                tokens=tokens.tobytes(),
-                salt=prompt.get("cache_salt"),
-                held=bool(params.stop),
-            )
-        except DeltaMemError as e:
-            scope.failure = e
-            raise VLLMValidationError(str(e)) from None
-        ticket = grant["ticket"]
-        params.extra_args = {**params.extra_args, EXTRA: {"ticket": ticket}}
-        prompt = {**prompt, "cache_salt": grant["salt"]}
+        client, ticket = self.client_of(session), secrets.token_hex(16)
         sampled, settled = 0, False
         try:
+            grant = await self._admit(client, ticket, scope, session, tokens, prompt, params)
+            params.extra_args = {**params.extra_args, EXTRA: {"ticket": ticket}}
+            prompt = {**prompt, "cache_salt": grant["salt"]}
             async with contextlib.aclosing(generate(prompt, params, request_id, **kwargs)) as outputs:
                 async for output in outputs:
                     choice = output.outputs[0] if output.outputs else None
@@ -132,9 +119,37 @@ class Gateway:
                         scope.outcome = await self._outcome(client, ticket, session)
                     yield output
         finally:
-            if not settled:  # the client left, or the engine failed: nothing of this is remembered
+            if not settled:  # refused, left by its client, or failed: nothing of this is remembered
                 with contextlib.suppress(Exception):
                     await asyncio.shield(client.ask("verdict", ticket=ticket, tokens=None, timeout=5.0))
+
+    async def _admit(
+        self,
+        client: ControlClient,
+        ticket: str,
+        scope: Scope,
+        session: str,
+        tokens: np.ndarray,
+        prompt: Any,
+        params: Any,
+    ) -> dict[str, Any]:
+        try:
+            return dict(
+                await client.ask(
+                    "admit",
+                    timeout=self.queue_seconds + ADMIT_MARGIN,
+                    ticket=ticket,
+                    tenant=TENANT,
+                    session=session,
+                    mode=scope.mode,
+                    tokens=tokens.tobytes(),
+                    salt=prompt.get("cache_salt"),
+                    held=bool(params.stop),
+                )
+            )
+        except DeltaMemError as e:
+            scope.failure = e
+            raise VLLMValidationError(str(e)) from None
 
     @staticmethod
     async def _outcome(client: ControlClient, ticket: str, session: str) -> dict[str, Any]:

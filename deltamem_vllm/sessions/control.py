@@ -3,7 +3,7 @@
 A Unix socket in a folder that only the server's user can enter; msgpack maps; a question carries a number that its
 answer repeats. Nothing here is reachable from a network.
 
-    admit    {tenant, session, mode, tokens (int32 bytes), salt, held} → {ticket, salt, version, window, matched}
+    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held} → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
     info     {tenant, session}        → {…} or nil
@@ -100,7 +100,7 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
         case "admit":
             tokens = np.frombuffer(q["tokens"], dtype=np.int32)
             key = SessionKey(q["tenant"], q["session"])
-            return await service.admit(key, q["mode"], tokens, q["salt"], q["held"])
+            return await service.admit(q["ticket"], key, q["mode"], tokens, q["salt"], q["held"])
         case "outcome":
             return await service.outcome(q["ticket"])
         case "verdict":

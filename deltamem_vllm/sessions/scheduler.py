@@ -172,9 +172,13 @@ class SchedulerSide:
         """States that workers took, and what went wrong."""
         for request, message in answer.errors.items():
             parts = self._taking.pop(request, None)
-            grant = parts.grant if parts is not None else self._grants.get(request)
-            self._slots.drop(request)
-            if grant is not None:
+            if parts is not None:
+                self._slots.drop(request)
+                self._service.end(parts.grant.ticket, "failed", message)
+                continue
+            self._service.distrust_cached_blocks()  # it could not be given its memory, and runs without
+            if (grant := self._grants.pop(request, None)) is not None:
+                self._slots.drop(grant.base_digest)
                 self._service.end(grant.ticket, "failed", message)
         for request, pieces in answer.states.items():
             parts = self._taking.get(request)

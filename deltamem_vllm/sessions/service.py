@@ -11,7 +11,6 @@ It lives in the engine-core process, beside the scheduler, and is talked to from
 import asyncio
 import contextlib
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -85,6 +84,8 @@ class SessionService:
         self.directory = Directory(RECORD_BUDGET)
         self.erased_states: list[str] = []
         self._tickets: dict[str, Ticket] = {}
+        self._admitting: dict[str, asyncio.Task[Any] | None] = {}
+        self._epoch = 0
         self._claims = threading.Lock()
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-load")
         self._serve: Callable[[SessionService], Any] | None = None
@@ -153,23 +154,37 @@ class SessionService:
     # ------------------------------------------------------------------ asked by API processes
 
     async def admit(
-        self, key: SessionKey, mode: windows.Mode, tokens: np.ndarray, clients_salt: str | None, held: bool
+        self,
+        ticket: str,
+        key: SessionKey,
+        mode: windows.Mode,
+        tokens: np.ndarray,
+        clients_salt: str | None,
+        held: bool,
     ) -> dict[str, Any]:
         """Give a prompt its place in a session: waits for its turn, reads the record, plans the window.
 
+        Args:
+            ticket: a fresh random name; whoever asks can withdraw by it, even while waiting.
+
         Returns:
-            ticket and prefix-cache salt for the engine request; the version it starts from; tokens already written.
+            prefix-cache salt for the engine request; the version it starts from; tokens already written.
 
         Raises:
             CapacityError: the session is busy (409). CorruptRecord, StoreUnavailable: its memory cannot be read.
         """
         session = self.directory.get(key)
         self.directory.trim()
-        ticket = secrets.token_hex(16)
-        if mode == "readwrite":
-            async with self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds):
-                return await self._grant(session, ticket, mode, tokens, clients_salt, held)
-        return await self._grant(session, ticket, mode, tokens, clients_salt, held)
+        if ticket in self._tickets or ticket in self._admitting:
+            raise SessionError(f"ticket {ticket!r} is in use: make a fresh one for each request", status=400)
+        self._admitting[ticket] = asyncio.current_task()
+        try:
+            if mode == "readwrite":
+                async with self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds):
+                    return await self._grant(session, ticket, mode, tokens, clients_salt, held)
+            return await self._grant(session, ticket, mode, tokens, clients_salt, held)
+        finally:
+            self._admitting.pop(ticket, None)
 
     async def _grant(
         self, session: Session, ticket: str, mode: windows.Mode, tokens: np.ndarray, salt: str | None, held: bool
@@ -199,9 +214,9 @@ class SessionService:
         self._tickets[ticket] = entry
         entry.timer = self._loop.call_later(CLAIM_SECONDS, self._expire, ticket)
         limit = grant.write_limit
+        made_from = f"{self.adapter}/{self._epoch}"
         return {
-            "ticket": ticket,
-            "salt": cache_salt(session.key, grant.incarnation, grant.base_digest, limit, self.adapter, salt),
+            "salt": cache_salt(session.key, grant.incarnation, grant.base_digest, limit, made_from, salt),
             "version": version,
             "window": plan.kind,
             "matched": plan.matched,
@@ -242,6 +257,9 @@ class SessionService:
 
     def give_verdict(self, ticket: str, tokens: int | None) -> None:
         """The API process says of a request: commit it after ``tokens`` tokens (a held one), or (None) drop it."""
+        waiting = self._admitting.get(ticket)
+        if waiting is not None and tokens is None:
+            waiting.cancel()
         entry = self._tickets.get(ticket)
         if entry is None:
             return
@@ -280,10 +298,13 @@ class SessionService:
     # ------------------------------------------------------------------ called by the scheduler's thread
 
     def claim(self, ticket: str) -> Grant | None:
-        """The grant of an arriving request; None if there is none (any more). Never blocks."""
+        """The grant of an arriving request; None if there is none (any more). Never blocks.
+
+        A ticket that commits is claimed once. One that only reads serves all samples of its request.
+        """
         with self._claims:
             entry = self._tickets.get(ticket)
-            if entry is None or entry.claimed:
+            if entry is None or (entry.claimed and (entry.grant.commits or entry.outcome.done())):
                 return None
             entry.claimed = True
         return entry.grant
@@ -292,6 +313,10 @@ class SessionService:
         """Whether the API process has spoken about a held request, and the token count to commit at."""
         entry = self._tickets.get(ticket)
         return (True, None) if entry is None else (entry.verdict_given, entry.verdict)
+
+    def distrust_cached_blocks(self) -> None:
+        """A request ran on a wrong memory: from now on no grant shares a cached block with anything before."""
+        self._epoch += 1
 
     def end(self, ticket: str, status: str, error: str = "") -> None:
         """The request ended without a commit (``unchanged``, ``aborted`` or ``failed``). Never blocks."""

@@ -72,9 +72,7 @@ class Window:
         last = 0
         for boundary in self.boundaries:
             if not last < boundary.count < 2**31:
-                raise ValueError(
-                    f"boundary counts must increase from 1 and fit 31 bits: {boundary.count} after {last}"
-                )
+                raise ValueError(f"boundary counts must increase from 1 and fit 31 bits: {boundary.count} after {last}")
             if len(boundary.digest) != DIGEST_BYTES:
                 raise ValueError(f"a boundary digest has {DIGEST_BYTES} bytes, not {len(boundary.digest)}")
             last = boundary.count
@@ -169,9 +167,7 @@ def advance(plan: Plan, tokens_fed: Sequence[int], prompt_len: int) -> Window:
     counts += [count for count in sorted({prompt_len, fed}) if (counts[-1] if counts else 0) < count <= fed]
     digests = prefix_digests(tokens_fed, counts)
     if keep and digests[0] != keep[-1].digest:
-        raise ValueError(
-            f"the {fed} tokens fed do not begin with the {keep[-1].count} tokens that the plan matched"
-        )
+        raise ValueError(f"the {fed} tokens fed do not begin with the {keep[-1].count} tokens that the plan matched")
     made = [Boundary(count, digest) for count, digest in zip(counts, digests, strict=True)]
     return Window(tuple([*keep[:-1], *made][-MAX_BOUNDARIES:]))
 
@@ -218,9 +214,7 @@ def unpack(data: bytes) -> Window | None:
     if not data:
         return None
     if not _HEAD.size < len(data) <= MAX_PACKED_BYTES:
-        raise CorruptRecord(
-            f"a packed window has at most {MAX_PACKED_BYTES} bytes and a header, not {len(data)} bytes"
-        )
+        raise CorruptRecord(f"a packed window has at most {MAX_PACKED_BYTES} bytes and a header, not {len(data)} bytes")
     version, boundaries = _HEAD.unpack_from(data)
     if version != _FORMAT or data[1] != 0:
         raise CorruptRecord(f"packed window of format {version}; this version reads format {_FORMAT}")

@@ -106,9 +106,7 @@ def decode(data: bytes, *, key: SessionKey | None = None) -> Record:
         CorruptRecord: naming what failed.
     """
     if not _HEAD.size + _SUM_BYTES < len(data) <= MAX_RECORD_BYTES:
-        raise CorruptRecord(
-            f"a record has up to {MAX_RECORD_BYTES} bytes and a header, not {len(data)} bytes"
-        )
+        raise CorruptRecord(f"a record has up to {MAX_RECORD_BYTES} bytes and a header, not {len(data)} bytes")
     magic, version, reserved, metadata_bytes, window_bytes, payload_bytes = _HEAD.unpack_from(data)
     if magic != _MAGIC:
         raise CorruptRecord(f"magic {magic!r} is not that of a deltamem record")
@@ -164,9 +162,7 @@ def _parse_metadata(data: bytes) -> dict[str, Any]:
         raise CorruptRecord(f"metadata must have exactly the fields {', '.join(_FIELDS)}")
     for name, kind in _FIELDS.items():
         if type(fields[name]) is not kind:
-            raise CorruptRecord(
-                f"metadata field {name} is {type(fields[name]).__name__}, not {kind.__name__}"
-            )
+            raise CorruptRecord(f"metadata field {name} is {type(fields[name]).__name__}, not {kind.__name__}")
     return fields
 
 
@@ -193,9 +189,7 @@ def _check(record: Record) -> None:
     shape = parse_layout(record.layout)
     for name, state in (("base", record.base), ("end", record.end)):
         if state.dtype != np.float32 or state.shape != shape:
-            raise CorruptRecord(
-                f"{name} is {state.dtype} {state.shape}; layout {record.layout} needs float32 {shape}"
-            )
+            raise CorruptRecord(f"{name} is {state.dtype} {state.shape}; layout {record.layout} needs float32 {shape}")
         largest = float(np.abs(state).max())
         if not largest <= MAX_ABS:  # also true for NaN
             raise CorruptRecord(f"{name} holds {largest:g}; entries must be finite and at most {MAX_ABS:g}")

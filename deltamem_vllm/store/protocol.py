@@ -207,9 +207,7 @@ def admit(record: Record, expect: Expect | None, stored: tuple[int, str, str] | 
         return False
     if expect is None:
         if stored is not None:
-            raise StaleVersion(
-                f"{name} exists at version {stored[0]}; it was to be created. Read it and try again"
-            )
+            raise StaleVersion(f"{name} exists at version {stored[0]}; it was to be created. Read it and try again")
         return True
     if (record.version, record.incarnation) != (expect.version + 1, expect.incarnation):
         raise StoreError(
@@ -221,7 +219,6 @@ def admit(record: Record, expect: Expect | None, stored: tuple[int, str, str] | 
     if stored[:2] != (expect.version, expect.incarnation):
         life = "" if stored[1] == expect.incarnation else " of another incarnation"
         raise StaleVersion(
-            f"{name} is at version {stored[0]}{life}; version {expect.version} was expected."
-            " Read it and try again"
+            f"{name} is at version {stored[0]}{life}; version {expect.version} was expected. Read it and try again"
         )
     return True

@@ -80,9 +80,7 @@ class CommitWriter:
             if self._closing:
                 raise StoreUnavailable("the commit writer is closed")
             if len(self._queue) >= self._max_pending:
-                raise StoreUnavailable(
-                    f"{len(self._queue)} commits wait for the store already. Try again later"
-                )
+                raise StoreUnavailable(f"{len(self._queue)} commits wait for the store already. Try again later")
             self._queue.append((record, expect, future))
             self._changed.notify()
         return future
@@ -106,9 +104,7 @@ class CommitWriter:
         with self._changed:
             left = list(self._queue)
             self._queue.clear()
-        self._fail(
-            left, StoreUnavailable(f"the commit writer was closed; the store did not answer in {timeout} s")
-        )
+        self._fail(left, StoreUnavailable(f"the commit writer was closed; the store did not answer in {timeout} s"))
         return False
 
     def _run(self) -> None:
@@ -121,9 +117,7 @@ class CommitWriter:
                 left = [*self._batch, *self._queue]
                 self._batch = []
                 self._queue.clear()
-            self._fail(
-                left, StoreUnavailable(f"the commit thread has crashed: {error!r}. Its outcome is unknown")
-            )
+            self._fail(left, StoreUnavailable(f"the commit thread has crashed: {error!r}. Its outcome is unknown"))
 
     def _take(self) -> bool:
         """Wait for work and move up to ``max_batch`` records from the queue to the batch; False: closed and

@@ -173,9 +173,7 @@ def test_memory_off_touches_no_page(ops: PagedOps, shape: MemoryShape) -> None:
     world.write_limit[6] = WRITE_OFF
     world.pages[6] = float("nan")  # would show in the reads if it were read
     world.seed(1, state)
-    reads = world.scan(
-        ops, bias, [(projected, 0, [6, 99999]), (projected, 0, [1, 2]), (projected[:1], 7, [6])]
-    )
+    reads = world.scan(ops, bias, [(projected, 0, [6, 99999]), (projected, 0, [1, 2]), (projected[:1], 7, [6])])
     assert (reads[:20] == 0).all()
     assert (reads[40:] == 0).all()
     close(reads[20:40], truth(shape, projected, bias, state)[0], KERNEL_READS)

@@ -67,9 +67,7 @@ def test_scan_refuses_and_changes_nothing(ops: PagedOps, case: str) -> None:
     assert torch.equal(arguments["reads"], reads)
 
 
-@pytest.mark.parametrize(
-    ("block_ids", "counts"), [([4], [0]), ([-1], [0]), ([0], [9]), ([0], [-1]), ([0, 1], [1])]
-)
+@pytest.mark.parametrize(("block_ids", "counts"), [([4], [0]), ([-1], [0]), ([0], [9]), ([0], [-1]), ([0, 1], [1])])
 def test_state_refuses(ops: PagedOps, block_ids: list[int], counts: list[int]) -> None:
     out = torch.full((len(block_ids), 1, 4, 4), 9.0)
     with pytest.raises((ValueError, RuntimeError), match=r"page_state|counts"):

@@ -45,9 +45,7 @@ def window_of(tokens: list[int], *counts: int) -> Window:
 
 
 def test_digest_is_the_documented_hash() -> None:
-    expected = hashlib.blake2b(
-        struct.pack("<3i", 5, 70000, 1), digest_size=16, person=b"deltamem-win"
-    ).digest()
+    expected = hashlib.blake2b(struct.pack("<3i", 5, 70000, 1), digest_size=16, person=b"deltamem-win").digest()
     assert windows.prefix_digests([5, 70000, 1, 9], [3]) == [expected]
 
 
@@ -216,11 +214,7 @@ class Client:
 
     def fed(self) -> tuple[int, ...]:
         """The open window's surviving tokens: all but the last sampled one, which nobody has fed."""
-        return (
-            tuple(token for prompt, reply in self.turns for token in prompt + reply)[:-1]
-            if self.turns
-            else ()
-        )
+        return tuple(token for prompt, reply in self.turns for token in prompt + reply)[:-1] if self.turns else ()
 
     def ask(
         self,
@@ -239,9 +233,7 @@ class Client:
         if mode == "readwrite" and not abort:
             self.past, self.turns = past, turns
         assert self.server.base == self.past, f"base {self.server.base}, meant {self.past}"
-        assert self.server.end == self.past + self.fed(), (
-            f"end {self.server.end}, meant {self.past + self.fed()}"
-        )
+        assert self.server.end == self.past + self.fed(), f"end {self.server.end}, meant {self.past + self.fed()}"
 
     def step(self, action: str) -> None:
         mode: Mode = self.rng.choice(["read", "off"]) if action == "look" else "readwrite"
@@ -257,9 +249,7 @@ class Client:
             turns = [*self.turns[:-1], (self.turns[-1][0], self.message())]
         elif action == "retry":
             turns = list(self.turns)
-        elif (
-            action == "reply"
-        ):  # an earlier reply changed: edited by hand, or its thinking stripped by the template
+        elif action == "reply":  # an earlier reply changed: edited by hand, or its thinking stripped by the template
             at = self.rng.randrange(len(self.turns))
             user, reply = self.turns[at]
             turns = [*self.turns[:at], (user, self.message(0) + reply[1:]), (self.message(), self.message())]

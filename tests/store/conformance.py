@@ -25,9 +25,7 @@ def same(left: Record | None, right: Record) -> bool:
     return left is not None and encode(left) == encode(right)
 
 
-def refused(
-    store: StateStore, made: Record, expect: Expect | None, kind: type[StoreError] = StaleVersion
-) -> None:
+def refused(store: StateStore, made: Record, expect: Expect | None, kind: type[StoreError] = StaleVersion) -> None:
     """``put`` raises ``kind`` and leaves the store as it was."""
     before = store.get(made.key)
     with pytest.raises(StoreError) as caught:
@@ -207,9 +205,7 @@ def a_closed_store_says_so(open_: Open) -> None:
     ):
         with pytest.raises(StoreUnavailable, match="closed"):
             action()
-    assert [type(outcome) for outcome in store.put_many([(record(2), record(1).expect)])] == [
-        StoreUnavailable
-    ]
+    assert [type(outcome) for outcome in store.put_many([(record(2), record(1).expect)])] == [StoreUnavailable]
 
 
 def race(store: StateStore, writer: int, wins_wanted: int) -> list[int]:
@@ -224,9 +220,7 @@ def race(store: StateStore, writer: int, wins_wanted: int) -> list[int]:
         made = dataclasses.replace(
             seen, version=seen.version + 1, tokens=seen.tokens + 1, request_id=f"w{writer}-{seen.version + 1}"
         )
-        time.sleep(
-            0.0005
-        )  # let the others in between, so that a store without the comparison is sure to fail
+        time.sleep(0.0005)  # let the others in between, so that a store without the comparison is sure to fail
         try:
             store.put(made, seen.expect)
         except StaleVersion:

@@ -11,13 +11,9 @@ INCARNATION = "00112233445566778899aabbccddeeff"
 KEY = SessionKey("tenant", "session")
 
 
-def record(
-    version: int = 1, key: SessionKey = KEY, *, seed: int = 0, layout: str = "L3H1r8", **fields: Any
-) -> Record:
+def record(version: int = 1, key: SessionKey = KEY, *, seed: int = 0, layout: str = "L3H1r8", **fields: Any) -> Record:
     """Version ``version`` of a session; ``seed`` tells writers apart."""
-    layers, heads, rank = (
-        int(part) for part in layout.replace("L", "").replace("H", " ").replace("r", " ").split()
-    )
+    layers, heads, rank = (int(part) for part in layout.replace("L", "").replace("H", " ").replace("r", " ").split())
     rng = np.random.default_rng([version, seed])
     base, end = rng.standard_normal((2, layers, heads, rank, rank), dtype=np.float32)
     made = Record(

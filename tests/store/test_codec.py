@@ -29,9 +29,7 @@ def reseal(body: bytes) -> bytes:
     return body + hashlib.blake2b(body, digest_size=32, person=b"deltamem-rec").digest()
 
 
-def rebuild(
-    made: bytes, *, metadata: Callable[[bytes], bytes] | None = None, payload: bytes | None = None
-) -> bytes:
+def rebuild(made: bytes, *, metadata: Callable[[bytes], bytes] | None = None, payload: bytes | None = None) -> bytes:
     """The record with other metadata or another payload, lengths and checksum right."""
     magic, version, reserved, m, w, _ = HEAD.unpack_from(made)
     parts = [

@@ -58,9 +58,7 @@ def check_kills(path: Path, kills: int, bug: str = "none") -> int:
         for session, version in last.items():
             found = store.get(SessionKey("tenant", f"{session}"))
             there = found.version if found else 0
-            assert there >= version, (
-                f"session {session}: version {version} was acknowledged, {there} is there"
-            )
+            assert there >= version, f"session {session}: version {version} was acknowledged, {there} is there"
             if found:
                 assert digest(found) == digest(version_of(session, there)), f"session {session} is torn"
                 last[session] = there

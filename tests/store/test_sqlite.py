@@ -39,8 +39,7 @@ def store(path: Path) -> Iterator[SQLiteStore]:
 def test_files_are_private(store: SQLiteStore, path: Path) -> None:
     store.put(record(1), None)
     modes = {
-        each: stat.S_IMODE(each.stat().st_mode)
-        for each in (path.parent, path.parent.parent, *path.parent.iterdir())
+        each: stat.S_IMODE(each.stat().st_mode) for each in (path.parent, path.parent.parent, *path.parent.iterdir())
     }
     assert {mode for each, mode in modes.items() if each.is_dir()} == {0o700}
     assert {mode for each, mode in modes.items() if each.is_file()} == {0o600}
@@ -212,9 +211,7 @@ def test_full_by_page_count(store: SQLiteStore, path: Path) -> None:
 def test_full_disk(tmp_path: Path) -> None:
     mount = tmp_path / "small"
     mount.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mount], capture_output=True
-    ).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mount], capture_output=True).returncode:
         pytest.skip("no right to mount a small tmpfs; test_full_by_page_count covers SQLITE_FULL")
     try:
         store = SQLiteStore(mount / "s.db")
@@ -258,9 +255,7 @@ def test_no_id_stays_behind_when_pages_split_and_merge(path: Path) -> None:
         made = [f"{rng.getrandbits(128):032x}" for _ in range(150)]
         layouts = [rng.choice(["L1H1r1", "L1H1r4", "L3H1r8"]) for _ in made]
         keys = [SessionKey("tenant", name) for name in made]
-        store.put_many(
-            [(record(1, key, layout=layout), None) for key, layout in zip(keys, layouts, strict=True)]
-        )
+        store.put_many([(record(1, key, layout=layout), None) for key, layout in zip(keys, layouts, strict=True)])
         alive += made
         rng.shuffle(alive)
         erased, alive = alive[:100], alive[100:]

@@ -81,9 +81,7 @@ def test_what_arrives_during_a_commit_is_one_group(gated: Gated) -> None:
 
 def test_each_future_gets_its_own_outcome() -> None:
     writer = CommitWriter(MemoryStore())
-    good, stale, other = (
-        writer.submit(record(1, k, seed=s), None) for k, s in ((KEY, 0), (KEY, 1), (key(1), 0))
-    )
+    good, stale, other = (writer.submit(record(1, k, seed=s), None) for k, s in ((KEY, 0), (KEY, 1), (key(1), 0)))
     assert good.result(WAIT) is None
     assert isinstance(stale.exception(WAIT), StaleVersion)
     assert other.result(WAIT) is None
