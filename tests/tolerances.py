@@ -9,3 +9,7 @@ KERNEL_READS = 5e-6
 KERNEL_STATE = 5e-6
 #: fp32 reference against the official code's fp32 trace: activations, reads, corrections. Measured: 1e-6.
 OFFICIAL_TRACE = 1e-5
+#: log-probabilities of a served model against the official code's, every position. Measured: 1.3e-5.
+ENGINE_LOGPROB = 1e-4
+#: committed states, likewise. Measured: 6e-6.
+ENGINE_STATE = 1e-4

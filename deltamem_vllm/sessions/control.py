@@ -72,7 +72,11 @@ async def serve(service: "SessionService", address: str) -> None:
     tasks: set[asyncio.Task[None]] = set()
     try:
         while True:
-            sender, number, body = await socket.recv_multipart()
+            frames = await socket.recv_multipart()
+            if len(frames) != 3:
+                logger.warning("the session service was sent %d frames; a question has 3", len(frames))
+                continue
+            sender, number, body = frames
             task = asyncio.ensure_future(_answer(service, socket, sender, number, body))
             tasks.add(task)
             task.add_done_callback(tasks.discard)

@@ -20,6 +20,8 @@ class Session:
         loaded: whether ``record`` is known (else it must be read from the store).
         incarnation: the record's, or a fresh random one for a session without a record.
         deletions: how often it was deleted here; a commit granted before a deletion is refused.
+        loading: held while the record is read from the store.
+        storing: held while a commit or a deletion is on its way to the store.
     """
 
     def __init__(self, key: SessionKey) -> None:
@@ -29,13 +31,14 @@ class Session:
         self.incarnation = new_incarnation()
         self.deletions = 0
         self.loading = asyncio.Lock()
+        self.storing = asyncio.Lock()
         self._owner: str | None = None
         self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
 
     @property
     def idle(self) -> bool:
         """Nobody owns it or waits for it."""
-        return self._owner is None and not self._waiting and not self.loading.locked()
+        return not (self._owner or self._waiting or self.loading.locked() or self.storing.locked())
 
     @property
     def owner(self) -> str | None:

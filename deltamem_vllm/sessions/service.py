@@ -129,6 +129,8 @@ class SessionService:
         assert self._serve is not None
         server = asyncio.ensure_future(self._serve(self))
         await asyncio.sleep(0)
+        if server.done():  # its socket could not be bound: `start` must not say that all is well
+            server.result()
         self._started.set()
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({server, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -269,7 +271,9 @@ class SessionService:
 
     async def info(self, key: SessionKey) -> dict[str, Any] | None:
         """What is known of a session, or None where it has no record."""
-        record = await self._record(self.directory.get(key))
+        session = self.directory.get(key)
+        self.directory.trim()
+        record = await self._record(session)
         if record is None:
             return None
         window = windows.unpack(record.window)
@@ -282,13 +286,14 @@ class SessionService:
             "window_tokens": window.end.count if window is not None else 0,
             "state_bytes": record.end.nbytes,
             "adapter": record.adapter,
-            "busy": self.directory.get(key).owner is not None,
+            "busy": session.owner is not None,
         }
 
     async def delete(self, key: SessionKey) -> bool:
         """Erase a session everywhere. A request that runs meanwhile finishes and commits nothing."""
         session = self.directory.get(key)
-        async with session.loading:
+        self.directory.trim()
+        async with session.storing, session.loading:
             existed = await self._loop.run_in_executor(self._loaders, self.store.delete, key)
             if session.record is not None:
                 self.erased_states += [state_digest(session.record.base), state_digest(session.record.end)]
@@ -334,11 +339,11 @@ class SessionService:
             return
         grant, session = entry.grant, self.directory.get(entry.grant.key)
         try:
-            if session.deletions != entry.deletions:
-                raise StaleVersion(f"session {grant.key.session!r} was deleted while the request ran")
-            record = self._next_record(grant, session.record, tokens_fed, state)
-            await asyncio.wrap_future(self.writer.submit(record, grant.expect))
-            if session.deletions == entry.deletions:
+            async with session.storing:  # a deletion waits, so that what is on its way cannot arrive after it
+                if session.deletions != entry.deletions:
+                    raise StaleVersion(f"session {grant.key.session!r} was deleted while the request ran")
+                record = self._next_record(grant, session.record, tokens_fed, state)
+                await asyncio.wrap_future(self.writer.submit(record, grant.expect))
                 session.set_record(record)
             result = {"status": "committed", "version": record.version, "error": ""}
         except StaleVersion as e:
