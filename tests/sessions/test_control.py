@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import secrets
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -33,7 +34,8 @@ def talk(service: SessionService, folder: Path, scenario: Callable[[ControlClien
 
 async def ask_admit(client: ControlClient, session: str, prompt: list[int], mode: str = "readwrite") -> dict[str, Any]:
     question: dict[str, Any] = {"tenant": TENANT, "session": session, "mode": mode, "salt": None, "held": False}
-    return dict(await client.ask("admit", tokens=ids(prompt).tobytes(), **question))
+    ticket = secrets.token_hex(8)
+    return {"ticket": ticket, **await client.ask("admit", ticket=ticket, tokens=ids(prompt).tobytes(), **question)}
 
 
 async def turn(service: SessionService, client: ControlClient, session: str, prompt: list[int]) -> dict[str, Any]:
