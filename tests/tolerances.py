@@ -13,3 +13,7 @@ OFFICIAL_TRACE = 1e-5
 ENGINE_LOGPROB = 1e-4
 #: committed states, likewise. Measured: 6e-6.
 ENGINE_STATE = 1e-4
+#: the tests' own plain model against the official code, log-probabilities. Measured: 1.1e-5.
+PLAIN_LOGPROB = 5e-5
+#: states, likewise. Measured: 1e-6.
+PLAIN_STATE = 1e-5
