@@ -42,6 +42,7 @@ DEFAULTS: Mapping[str, Any] = {
     "enforce_eager": True,
     "disable_log_stats": False,  # preemptions, accepted drafts and hits are read from the metrics
 }
+ASK_INSIDE: Mapping[str, str] = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,6 @@ class Setup:
         options: arguments of ``vllm.LLM`` beyond `DEFAULTS`.
         slots: size of the session pool.
         env: environment variables.
-        plant: name of a bug to plant, see `tests.engine.planted`.
-        inline: the engine's core in the same process; starts sooner.
         path: folders put before all others on ``PYTHONPATH``.
     """
 
@@ -63,8 +62,6 @@ class Setup:
     options: Mapping[str, Any] = field(default_factory=dict)
     slots: int = 64
     env: Mapping[str, str] = field(default_factory=dict)
-    plant: str | None = None
-    inline: bool = False
     path: tuple[str, ...] = ()
 
 
@@ -127,6 +124,14 @@ class Engine:
         """Sum of a counter of vLLM's over all labels."""
         return float(self._call(CALL_SECONDS, "metric", name))
 
+    def setting(self, path: str) -> Any:
+        """A value of vLLM's configuration, as ``scheduler_config.async_scheduling``."""
+        return self._call(CALL_SECONDS, "setting", path)
+
+    def compiled_graphs(self) -> int:
+        """Graphs that torch.compile has traced in the first worker; needs `ASK_INSIDE` in the environment."""
+        return int(self._call(CALL_SECONDS, "compiled_graphs"))
+
     def record(self, session: str) -> Record | None:
         """A session's committed record, read from the store's file by this process."""
         store = open_store(self._store_url)
@@ -185,7 +190,6 @@ class Engine:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if self.setup.inline else "1",
             **self.setup.env,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import traceback
@@ -9,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.engine import planted
 from tests.engine.asking import Ask, Reply, Top
 from tests.engine.engine import Setup
+from tests.engine.inside import compiled_graphs
 
 TOP = 20
 
@@ -24,8 +25,6 @@ class Served:
 
     def start(self, setup: Setup, options: Mapping[str, Any], store: str) -> None:
         """Start the engine."""
-        if setup.plant is not None:
-            planted.plant(setup.plant)
         if setup.adapter is None:
             from vllm import LLM
 
@@ -71,8 +70,15 @@ class Served:
 
     def metric(self, name: str) -> float:
         """Sum of a counter over all labels."""
-        found = [m for m in self.llm.get_metrics() if m.name == name]
-        return float(sum(m.value for m in found))
+        return float(sum(m.value for m in self.llm.get_metrics() if m.name == name))
+
+    def setting(self, path: str) -> Any:
+        """See `Engine.setting`."""
+        return operator.attrgetter(path)(self.llm.llm_engine.vllm_config)
+
+    def compiled_graphs(self) -> int:
+        """See `Engine.compiled_graphs`."""
+        return int(self.llm.collective_rpc(compiled_graphs)[0])
 
     def stop(self) -> None:
         """Shut the engine down."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.engine import Setup
+from tests.engine.engine import ASK_INSIDE, Setup
 from tests.engine.official import Case
 
 TRITON = os.environ.get("DELTAMEM_TEST_TRITON", "")
@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 ENV: dict[str, dict[str, str]] = {
-    "compiled": {"VLLM_DISABLE_COMPILE_CACHE": "1"},
+    "compiled": {"VLLM_DISABLE_COMPILE_CACHE": "1", **ASK_INSIDE},
     "tp2": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     "pp2": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
 }
