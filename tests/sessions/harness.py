@@ -1,6 +1,7 @@
 """A real `SessionService` with a toy engine: the test plays API process and scheduler, the memory is arithmetic."""
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -90,7 +91,8 @@ def ids(tokens: Sequence[int]) -> np.ndarray:
 async def admit(
     service: SessionService, session: str, prompt: Sequence[int], mode: Any = "readwrite", held: bool = False
 ) -> dict[str, Any]:
-    return await service.admit(key(session), mode, ids(prompt), None, held)
+    ticket = secrets.token_hex(16)
+    return {"ticket": ticket, **await service.admit(ticket, key(session), mode, ids(prompt), None, held)}
 
 
 async def run(service: SessionService, ticket: str, prompt: Sequence[int], reply: Sequence[int]) -> dict[str, Any]:

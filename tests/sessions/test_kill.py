@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import random
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -42,12 +43,13 @@ class Client:
         """Send one new turn after another."""
         while True:
             prompt = [self.rng.randrange(1 << 20) for _ in range(self.rng.randint(1, 20))]
-            question = {"session": self.name, "mode": "readwrite", "salt": None, "held": False}
+            ticket = secrets.token_hex(16)
+            question = {"ticket": ticket, "session": self.name, "mode": "readwrite", "salt": None, "held": False}
             granted = await control.ask("admit", tenant=TENANT, tokens=ids(prompt).tobytes(), **question)
             assert granted["version"] == self.committed, "it goes on from another version than it told"
             self.states[self.committed + 1 :] = [memory(self.states[self.committed], prompt)]
-            await engine.send(msgspec.msgpack.encode([granted["ticket"], prompt]))
-            outcome = await control.ask("outcome", ticket=granted["ticket"])
+            await engine.send(msgspec.msgpack.encode([ticket, prompt]))
+            outcome = await control.ask("outcome", ticket=ticket)
             assert (outcome["status"], outcome["version"]) == ("committed", self.committed + 1), outcome
             self.committed = outcome["version"]
 
