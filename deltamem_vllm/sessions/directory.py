@@ -71,20 +71,26 @@ class Session:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((ticket, turn))
         try:
-            await asyncio.wait_for(asyncio.shield(turn), seconds)
-        except (asyncio.TimeoutError, asyncio.CancelledError) as e:
-            if self._owner == ticket:  # its turn came while it gave up
-                self.release(ticket)
-            else:
-                self._waiting.remove((ticket, turn))
-            if isinstance(e, asyncio.CancelledError):
-                raise
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the turn.
+            come, _ = await asyncio.wait({turn}, timeout=seconds)
+        except asyncio.CancelledError:
+            self._give_up(ticket, turn)
+            raise
+        if not come:
+            self._give_up(ticket, turn)
             raise CapacityError(
                 f"session {self.key.session!r} stayed busy for {seconds:g} s: retry later, or raise "
                 "--deltamem-queue-seconds",
                 status=409,
                 retry_after=1.0,
-            ) from None
+            )
+
+    def _give_up(self, ticket: str, turn: "asyncio.Future[None]") -> None:
+        """Step out of the line, or hand on the session that came in this moment."""
+        if self._owner == ticket:
+            self.release(ticket)
+        else:
+            self._waiting.remove((ticket, turn))
 
     def release(self, ticket: str) -> None:
         """Give the session to the next in line; does nothing unless ``ticket`` owns it."""

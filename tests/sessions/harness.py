@@ -91,7 +91,7 @@ def ids(tokens: Sequence[int]) -> np.ndarray:
 async def admit(
     service: SessionService, session: str, prompt: Sequence[int], mode: Any = "readwrite", held: bool = False
 ) -> dict[str, Any]:
-    ticket = secrets.token_hex(8)
+    ticket = secrets.token_hex(16)
     return {"ticket": ticket, **await service.admit(ticket, key(session), mode, ids(prompt), None, held)}
 
 

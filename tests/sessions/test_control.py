@@ -34,7 +34,7 @@ def talk(service: SessionService, folder: Path, scenario: Callable[[ControlClien
 
 async def ask_admit(client: ControlClient, session: str, prompt: list[int], mode: str = "readwrite") -> dict[str, Any]:
     question: dict[str, Any] = {"tenant": TENANT, "session": session, "mode": mode, "salt": None, "held": False}
-    ticket = secrets.token_hex(8)
+    ticket = secrets.token_hex(16)
     return {"ticket": ticket, **await client.ask("admit", ticket=ticket, tokens=ids(prompt).tobytes(), **question)}
 
 
@@ -149,6 +149,38 @@ def test_two_api_processes_share_one_line(tmp_path: Path) -> None:
             other.close()
 
     talk(service, tmp_path, scenario)
+
+
+def test_a_request_that_waits_can_be_withdrawn(tmp_path: Path) -> None:
+    service = make_service()
+
+    async def scenario(client: ControlClient) -> None:
+        owner = await ask_admit(client, "s", [1])
+        question: dict[str, Any] = {"tenant": TENANT, "session": "s", "mode": "readwrite", "salt": None, "held": False}
+        waiting = asyncio.create_task(client.ask("admit", ticket="gone", tokens=b"", **question))
+        await asyncio.sleep(0.05)
+        await client.ask("verdict", ticket="gone", tokens=None)
+        waiting.cancel()
+        await client.ask("verdict", ticket=owner["ticket"], tokens=None)
+        await asyncio.wait_for(ask_admit(client, "s", [2]), 2)
+
+    talk(service, tmp_path, scenario)
+
+
+def test_a_question_that_is_cancelled_as_its_answer_arrives_is_cancelled(tmp_path: Path) -> None:
+    """Else a request goes on whose client has left."""
+
+    async def scenario(client: ControlClient) -> None:
+        asked = asyncio.create_task(client.ask("info", tenant=TENANT, session="s"))
+        while not client._waiting:
+            await asyncio.sleep(0)
+        [answer] = client._waiting.values()
+        answer.set_result(b"\xc0")
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+
+    talk(make_service(), tmp_path, scenario)
 
 
 def test_nobody_answers(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ class Client:
         """Send one new turn after another."""
         while True:
             prompt = [self.rng.randrange(1 << 20) for _ in range(self.rng.randint(1, 20))]
-            question = {"session": self.name, "mode": "readwrite", "salt": None, "held": False}
-            ticket = secrets.token_hex(8)
-            granted = await control.ask("admit", ticket=ticket, tenant=TENANT, tokens=ids(prompt).tobytes(), **question)
+            ticket = secrets.token_hex(16)
+            question = {"ticket": ticket, "session": self.name, "mode": "readwrite", "salt": None, "held": False}
+            granted = await control.ask("admit", tenant=TENANT, tokens=ids(prompt).tobytes(), **question)
             assert granted["version"] == self.committed, "it goes on from another version than it told"
             self.states[self.committed + 1 :] = [memory(self.states[self.committed], prompt)]
             await engine.send(msgspec.msgpack.encode([ticket, prompt]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltamem_vllm.errors import CapacityError
+from deltamem_vllm.errors import CapacityError, SessionError
 from deltamem_vllm.sessions import service as service_module
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.memory import MemoryStore
@@ -166,6 +166,45 @@ def test_a_ticket_is_claimed_once() -> None:
         assert service.claim(granted["ticket"]) is not None
         assert service.claim(granted["ticket"]) is None
         assert service.claim("made up") is None
+
+    drive(make_service(), scenario)
+
+
+def test_a_reading_ticket_serves_all_samples_of_its_request() -> None:
+    async def scenario(service: SessionService) -> None:
+        ticket = (await admit(service, "s", [1], "read"))["ticket"]
+        assert service.claim(ticket) is service.claim(ticket) is not None
+        service.end(ticket, "unchanged")
+        await service.outcome(ticket)
+        assert service.claim(ticket) is None
+
+    drive(make_service(), scenario)
+
+
+def test_a_ticket_cannot_be_used_for_two_requests() -> None:
+    async def scenario(service: SessionService) -> None:
+        await service.admit("ticket", key("s"), "readwrite", ids([1]), None, False)
+        with pytest.raises(SessionError, match="in use"):
+            await service.admit("ticket", key("t"), "readwrite", ids([1]), None, False)
+        assert service.directory.get(key("t")).idle
+
+    drive(make_service(), scenario)
+
+
+@pytest.mark.parametrize("ticks", range(8))
+def test_a_request_withdrawn_while_it_waits_never_holds_the_session(ticks: int) -> None:
+    """At whatever moment around its turn the word comes."""
+
+    async def scenario(service: SessionService) -> None:
+        owner = await admit(service, "s", [1])
+        waiting = asyncio.create_task(service.admit("gone", key("s"), "readwrite", ids([2]), None, False))
+        await asyncio.sleep(0.01)
+        service.give_verdict(owner["ticket"], None)  # hands the session on
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        service.give_verdict("gone", None)
+        await asyncio.wait({waiting})
+        assert (await asyncio.wait_for(admit(service, "s", [3]), 2))["version"] == 0
 
     drive(make_service(), scenario)
 
