@@ -96,8 +96,8 @@ class Attention(nn.Module):
         v = v.view(shape).transpose(1, 2)
         group = self.size.heads // self.size.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = (q @ k.transpose(2, 3)) * (1 / math.sqrt(self.size.head_dim)) + mask
-        out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(rows, length, -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = out.transpose(1, 2).reshape(rows, length, -1)
         out = self.o_proj(out)
         return out if delta is None else out + delta[1]
 

@@ -32,15 +32,19 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How a dialogue is made. Ranges are inclusive; shares are probabilities."""
+    """How a dialogue is made. Ranges are inclusive; shares are probabilities.
+
+    ``kin`` is the share of attributes drawn among those that share their values with one already
+    drawn, told and unknown ones alike: the dialogues in which the kind of a value says little.
+    """
 
     facts: tuple[int, int] = (4, 4)
     talk: tuple[int, int] = (0, 2)
     unknown: tuple[int, int] = (1, 2)
     joined: float = 0.2
     early_ask: float = 0.0
+    kin: float = 0.0
     corrected: float = 0.0
-    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,24 @@ def is_heldout_pair(a: Fact, b: Fact) -> bool:
     return zlib.crc32(key.encode()) % HELDOUT_SHARE == 0
 
 
-def sample_facts(rng: random.Random, count: int, split: Split) -> list[Fact]:
-    """``count`` facts of different attributes that belong to ``split``."""
+def sample_names(rng: random.Random, count: int, kin: float, drawn: list[str]) -> list[str]:
+    """``count`` attributes besides those in ``drawn``."""
+    names: list[str] = []
+    while len(names) < count:
+        rest = [a for a in ATTRIBUTES if a.name not in drawn + names]
+        values = {BY_NAME[n].values for n in drawn + names}
+        related = [a for a in rest if a.values in values]
+        pool = related if related and rng.random() < kin else rest
+        names.append(rng.choice(pool).name)
+    return names
+
+
+def sample_facts(rng: random.Random, count: int, split: Split, kin: float = 0.0) -> list[Fact]:
+    """``count`` facts of different attributes that belong to ``split``, in random order."""
     while True:
-        facts = [
-            (a.name, rng.choice(a.values)) for a in rng.sample(ATTRIBUTES, min(count, len(ATTRIBUTES)))
-        ]
+        names = sample_names(rng, count, kin, [])
+        rng.shuffle(names)
+        facts = [(name, rng.choice(BY_NAME[name].values)) for name in names]
         facts = [_fitting(rng, facts, i, split) for i in range(len(facts))]
         if belongs_to(facts, split):
             return facts
@@ -102,26 +118,24 @@ def belongs_to(facts: list[Fact], split: Split) -> bool:
     return all(any(is_heldout_pair(a, b) for b in facts) for a in facts)
 
 
-def state_text(rng: random.Random, fact: Fact, shape: Shape) -> str:
+def state_text(rng: random.Random, fact: Fact) -> str:
     """One way of telling a fact, without the full stop."""
-    statements = BY_NAME[fact[0]].statements
-    text = (statements[0] if shape.plain else rng.choice(statements)).format(v=fact[1])
-    if not shape.plain and rng.random() < 0.1:
+    text = rng.choice(BY_NAME[fact[0]].statements).format(v=fact[1])
+    if rng.random() < 0.1:
         text = f"{rng.choice(OPENERS)} {text}"
     return text
 
 
-def tell(rng: random.Random, facts: list[Fact], shape: Shape) -> Turn:
+def tell(rng: random.Random, facts: list[Fact]) -> Turn:
     """A user message with one or several facts."""
     joint = rng.choice([" and ", ". ", ", "])
-    text = joint.join(state_text(rng, f, shape) for f in facts)
+    text = joint.join(state_text(rng, f) for f in facts)
     return Turn(user=_stop(rng, text, "."), reply=NOTED, kind="tell", facts=tuple(facts))
 
 
-def ask(rng: random.Random, name: str, known: dict[str, str], shape: Shape) -> Turn:
+def ask(rng: random.Random, name: str, known: dict[str, str]) -> Turn:
     """A question about one attribute; the reply follows from what is known by then."""
-    questions = BY_NAME[name].questions
-    text = _stop(rng, questions[0] if shape.plain else rng.choice(questions), "?")
+    text = _stop(rng, rng.choice(BY_NAME[name].questions), "?")
     if name not in known:
         return Turn(user=text, reply=UNKNOWN, kind="ask_unknown", facts=((name, ""),))
     return Turn(user=text, reply=f"{known[name]}.", kind="ask", facts=((name, known[name]),))
@@ -133,7 +147,7 @@ def _stop(rng: random.Random, text: str, mark: str) -> str:
 
 def make_dialogue(rng: random.Random, shape: Shape, split: Split = "train") -> Dialogue:
     """Facts and small talk in random order, then a question for each fact and some unknown ones."""
-    facts = sample_facts(rng, rng.randint(*shape.facts), split)
+    facts = sample_facts(rng, rng.randint(*shape.facts), split, shape.kin)
     if facts and rng.random() < shape.corrected:
         facts = _with_correction(rng, facts, split)
     plan: list[Turn | str] = []
@@ -143,10 +157,9 @@ def make_dialogue(rng: random.Random, shape: Shape, split: Split = "train") -> D
         group, rest = rest[:size], rest[size:]
         if len({name for name, _ in group}) < len(group):
             group, rest = group[:1], group[1:] + rest
-        plan.append(tell(rng, group, shape))
+        plan.append(tell(rng, group))
     asked = list(dict.fromkeys(name for name, _ in facts))
-    others = [a.name for a in ATTRIBUTES if a.name not in asked]
-    asked += rng.sample(others, min(len(others), rng.randint(*shape.unknown)))
+    asked += sample_names(rng, rng.randint(*shape.unknown), shape.kin, asked)
     rng.shuffle(asked)
     for _ in range(rng.randint(*shape.talk)):
         user, reply = rng.choice(SMALL_TALK)
@@ -159,7 +172,7 @@ def make_dialogue(rng: random.Random, shape: Shape, split: Split = "train") -> D
     turns: list[Turn] = []
     for step in plan:
         if isinstance(step, str):
-            turns.append(ask(rng, step, known, shape))
+            turns.append(ask(rng, step, known))
             continue
         if step.kind == "tell":
             known.update(step.facts)

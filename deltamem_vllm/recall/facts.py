@@ -35,7 +35,7 @@ _SPORTS = "tennis football hockey golf rugby cricket baseball squash polo judo b
 _INSTRUMENTS = "piano guitar violin drums flute cello trumpet harp organ clarinet banjo viola"
 _MONTHS = "january february march april may june july august september october november december"
 
-#: Several attributes share their values (four names, two cities, two colors, two jobs), so that
+#: Some attributes share their values (two names, two cities, two colors), so that
 #: knowing the kind of a value is not enough: it must be kept with what it is the value of.
 ATTRIBUTES: tuple[Attribute, ...] = (
     _attribute(
@@ -45,22 +45,10 @@ ATTRIBUTES: tuple[Attribute, ...] = (
         ["what is my name", "tell me my name", "do you know my name"],
     ),
     _attribute(
-        "sister",
-        _NAMES,
-        ["my sister is called {v}", "my sister is {v}", "the name of my sister is {v}"],
-        ["what is my sister called", "who is my sister", "what is the name of my sister"],
-    ),
-    _attribute(
-        "brother",
-        _NAMES,
-        ["my brother is called {v}", "my brother is {v}", "the name of my brother is {v}"],
-        ["what is my brother called", "who is my brother", "what is the name of my brother"],
-    ),
-    _attribute(
         "friend",
         _NAMES,
-        ["my best friend is called {v}", "my best friend is {v}"],
-        ["what is my best friend called", "who is my best friend"],
+        ["my friend is called {v}", "my friend is {v}"],
+        ["what is my friend called", "who is my friend"],
     ),
     _attribute(
         "color",
@@ -71,8 +59,8 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     _attribute(
         "car",
         _COLORS,
-        ["my car is {v}", "i drive a {v} car", "the color of my car is {v}"],
-        ["what color is my car", "what is the color of my car", "tell me the color of my car"],
+        ["my car is {v}", "i have a car in {v}"],
+        ["what color is my car", "which color has my car"],
     ),
     _attribute(
         "city",
@@ -83,8 +71,8 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     _attribute(
         "trip",
         _CITIES,
-        ["i want to travel to {v}", "my next trip is to {v}"],
-        ["where do i want to travel", "where is my next trip to"],
+        ["i want to travel to {v}", "my trip is to {v}"],
+        ["where do i want to travel", "where is my trip to"],
     ),
     _attribute(
         "pet",
@@ -103,12 +91,6 @@ ATTRIBUTES: tuple[Attribute, ...] = (
         _JOBS,
         ["i work as a {v}", "i am a {v}", "my job is {v}"],
         ["what is my job", "what do i work as", "tell me my job"],
-    ),
-    _attribute(
-        "mother",
-        _JOBS,
-        ["my mother works as a {v}", "my mother is a {v}"],
-        ["what does my mother work as", "what is the job of my mother"],
     ),
     _attribute(
         "drink",

@@ -25,8 +25,10 @@ class Memory(nn.Module):
         for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj"):
             weight = torch.empty(RANK, hidden).uniform_(-bound, bound)
             setattr(self, name, nn.Parameter(weight))
-        self.delta_q_proj = nn.Parameter(torch.randn(q_width, RANK) * 0.05)
-        self.delta_o_proj = nn.Parameter(torch.randn(hidden, RANK) * 0.05)
+        # Reading where one writes: a token then finds what its like has written from the start.
+        self.memory_q_proj.data.copy_(self.memory_k_proj.data)
+        self.delta_q_proj = nn.Parameter(torch.randn(q_width, RANK) * 0.1)
+        self.delta_o_proj = nn.Parameter(torch.randn(hidden, RANK) * 0.1)
         self.beta_proj = nn.Parameter(torch.zeros(RANK, hidden))
         self.beta_bias = nn.Parameter(torch.full((RANK,), beta_bias))
         self.register_buffer("delta_k_proj", torch.zeros(kv_width, RANK))

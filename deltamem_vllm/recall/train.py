@@ -33,26 +33,32 @@ BACKBONE_LR, ADAPTER_LR = 3e-3, 1e-2
 WARM_UP = 60
 
 BACKBONE_STAGES = (
-    Stage(steps=350, mix=((Shape(facts=(1, 3), talk=(0, 0), unknown=(1, 1)), "chat", 64),)),
     Stage(
-        steps=550,
+        steps=800,
+        mix=((Shape(facts=(2, 3), talk=(0, 0), unknown=(0, 1), joined=0.1, kin=0.8), "chat", 48),),
+    ),
+    Stage(
+        steps=400,
         mix=(
-            (Shape(facts=(0, 4), talk=(0, 2), early_ask=0.2, corrected=0.1), "chat", 40),
-            (Shape(facts=(4, 7), talk=(0, 4), early_ask=0.2, corrected=0.2), "chat", 24),
+            (Shape(facts=(0, 4), talk=(0, 2), early_ask=0.1, kin=0.5), "chat", 40),
+            (Shape(facts=(4, 7), talk=(0, 4), early_ask=0.1, kin=0.3), "chat", 24),
         ),
     ),
 )
 
+_LONG = Shape(facts=(3, 6), talk=(1, 5), early_ask=0.2, kin=0.2)
 ADAPTER_STAGES = (
-    Stage(steps=200, mix=((Shape(facts=(1, 2), talk=(0, 0), unknown=(1, 1)), "turns", 48),)),
-    Stage(steps=300, mix=((Shape(facts=(2, 4), talk=(0, 3), early_ask=0.2), "turns", 32),)),
+    Stage(steps=200, mix=((Shape(facts=(1, 1), talk=(0, 0), unknown=(0, 1)), "turns", 64),)),
+    Stage(steps=250, mix=((Shape(facts=(1, 3), talk=(0, 1), unknown=(1, 1), kin=0.4), "turns", 48),)),
+    Stage(steps=250, mix=((Shape(facts=(2, 5), talk=(0, 3), early_ask=0.2, kin=0.3), "turns", 32),)),
     Stage(
         steps=500,
         mix=(
-            (Shape(facts=(3, 6), talk=(1, 5), early_ask=0.2, corrected=0.2), "turns", 24),
-            (Shape(facts=(3, 6), talk=(1, 5), early_ask=0.2, corrected=0.2), "turns", 24),
-            (Shape(facts=(3, 6), talk=(1, 5), early_ask=0.2, corrected=0.2), "turns", 24),
-            (Shape(facts=(1, 3), talk=(0, 1), unknown=(0, 1)), "grown", 12),
+            (_LONG, "turns", 24),
+            (_LONG, "turns", 24),
+            (_LONG, "turns", 24),
+            (_LONG, "turns", 24),
+            (Shape(facts=(1, 3), talk=(0, 1), unknown=(0, 1)), "grown", 16),
         ),
     ),
 )
@@ -129,6 +135,7 @@ def save_backbone(model: Backbone, folder: Path) -> None:
     saved.tie_weights()
     saved.generation_config = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=pad)
     saved.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def main() -> None:
@@ -161,6 +168,7 @@ def main() -> None:
             fit("backbone", model, None, BACKBONE_STAGES, args.seed, log)
             save_backbone(model, args.model)
         model.requires_grad_(False)
+        torch.manual_seed(args.seed + 1)
         memories = Memories(model.size)
         fit("adapter", model, memories, ADAPTER_STAGES, args.seed, log)
         memories.save(args.adapter)
