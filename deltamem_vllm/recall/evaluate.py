@@ -119,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     model = Backbone.load(args.model)
     memories = Memories.load(args.adapter, model.size).use_reference(args.reference)
-    shapes = [None] if not args.facts else [Shape(facts=(n, n), talk=(2, 5)) for n in args.facts]
+    shapes = [None] if not args.facts else [Shape(facts=(n, n), talk=(1, 4)) for n in args.facts]
     for shape in shapes:
         extra = {} if shape is None else {"shape": shape}
         result = evaluate(model, memories, heldout_sessions(args.sessions, **extra))

@@ -10,7 +10,7 @@ from .data import Shape, Turn, dialogues, turn_messages
 Messages = list[dict[str, str]]
 
 #: What a held-out session looks like unless a caller says otherwise.
-SESSION_SHAPE = Shape(facts=(4, 6), talk=(2, 5), unknown=(1, 2))
+SESSION_SHAPE = Shape(facts=(3, 5), talk=(1, 4), unknown=(1, 2))
 SESSION_SEED = 20_000
 
 

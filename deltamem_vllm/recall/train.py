@@ -29,7 +29,8 @@ class Stage:
     mix: tuple[tuple[Shape, Layout, int], ...]
 
 
-BACKBONE_LR, ADAPTER_LR = 3e-3, 1e-2
+PHASES = ("backbone", "adapter", "refine")
+PEAK_RATES = {"backbone": 3e-3, "adapter": 1e-2, "refine": 8e-3}
 WARM_UP = 60
 
 BACKBONE_STAGES = (
@@ -58,6 +59,18 @@ ADAPTER_STAGES = (
             (_LONG, "turns", 24),
             (_LONG, "turns", 24),
             (_LONG, "turns", 24),
+            (Shape(facts=(1, 3), talk=(0, 1), unknown=(0, 1)), "grown", 16),
+        ),
+    ),
+)
+
+
+_SESSION = Shape(facts=(3, 5), talk=(0, 4), early_ask=0.1, kin=0.1)
+REFINE_STAGES = (
+    Stage(
+        steps=800,
+        mix=(
+            *[(_SESSION, "turns", 28)] * 9,
             (Shape(facts=(1, 3), talk=(0, 1), unknown=(0, 1)), "grown", 16),
         ),
     ),
@@ -103,7 +116,7 @@ def fit(
 ) -> None:
     """Train the memories if there are any, else the backbone."""
     trained = model if memories is None else memories
-    peak = BACKBONE_LR if memories is None else ADAPTER_LR
+    peak = PEAK_RATES[name]
     optimizer = torch.optim.AdamW(trained.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
     total = sum(stage.steps for stage in stages)
     for step, batch in enumerate(batches(stages, f"{name}-{seed}")):
@@ -145,7 +158,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--adapter", type=Path, default=ADAPTER_DIR)
     parser.add_argument("--log", type=Path, default=MODEL_DIR.parent / "training.log")
-    parser.add_argument("--keep-backbone", action="store_true", help="train the adapter only")
+    parser.add_argument("--first", choices=PHASES, default=PHASES[0], help="keep what earlier phases made")
     args = parser.parse_args()
     import numba
 
@@ -153,7 +166,7 @@ def main() -> None:
     numba.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     began = time.monotonic()
-    with args.log.open("a" if args.keep_backbone else "w", encoding="utf-8") as out:
+    with args.log.open("w" if args.first == "backbone" else "a", encoding="utf-8") as out:
 
         def log(**record: object) -> None:
             line = json.dumps({"seconds": round(time.monotonic() - began, 1), **record})
@@ -161,16 +174,21 @@ def main() -> None:
             print(line, flush=True)
 
         log(phase="start", seed=args.seed, threads=args.threads, torch=torch.__version__)
-        if args.keep_backbone:
-            model = Backbone.load(args.model)
-        else:
+        if args.first == "backbone":
             model = Backbone(Size(vocab=len(tokenizer.vocabulary())))
             fit("backbone", model, None, BACKBONE_STAGES, args.seed, log)
             save_backbone(model, args.model)
+        else:
+            model = Backbone.load(args.model)
         model.requires_grad_(False)
-        torch.manual_seed(args.seed + 1)
-        memories = Memories(model.size)
-        fit("adapter", model, memories, ADAPTER_STAGES, args.seed, log)
+        if args.first == "refine":
+            memories = Memories.load(args.adapter, model.size)
+        else:
+            torch.manual_seed(args.seed + 1)
+            memories = Memories(model.size)
+            fit("adapter", model, memories, ADAPTER_STAGES, args.seed, log)
+            memories.save(args.adapter)
+        fit("refine", model, memories, REFINE_STAGES, args.seed, log)
         memories.save(args.adapter)
 
 
