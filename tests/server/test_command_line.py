@@ -36,17 +36,19 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
 
-def parse(*arguments: str) -> Any:
+def parse(*arguments: str, model: Path = MODEL) -> Any:
     """``vllm serve MODEL arguments`` up to the parsed arguments."""
     register()
     parser = FlexibleArgumentParser()
     ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-    return parser.parse_args(["serve", str(MODEL), *arguments])
+    return parser.parse_args(["serve", str(model), *arguments])
 
 
-def configure(*arguments: str) -> Any:
+def configure(*arguments: str, model: Path = MODEL) -> Any:
     """The same up to vLLM's configuration, after which the engine would start."""
-    return AsyncEngineArgs.from_cli_args(parse(*arguments)).create_engine_config()
+    parsed = parse(*arguments, model=model)
+    parsed.model = parsed.model_tag  # as ServeSubcommand.cmd does
+    return AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
 
 
 def plugin(*arguments: str, adapter: Path = ADAPTER, store: str = "memory://") -> list[str]:
@@ -177,14 +179,14 @@ def other_adapter(folder: Path, **changes: Any) -> Path:
 def test_an_adapter_for_another_model_names_both_sizes(tmp_path: Path) -> None:
     model = other_model(tmp_path / "model", hidden_size=96)
     with pytest.raises(ConfigError, match=r"\b64\b") as e:
-        configure(*SMALL, *plugin(), "--model", str(model))
+        configure(*SMALL, *plugin(), model=model)
     assert "96" in str(e.value)
 
 
 def test_an_unsupported_architecture(tmp_path: Path) -> None:
     model = other_model(tmp_path / "model", architectures=["LlamaForCausalLM"], model_type="llama")
     with pytest.raises(ConfigError, match="is a LlamaForCausalLM; δ-mem serves Qwen3ForCausalLM, SmolLM3ForCausalLM"):
-        configure(*SMALL, *plugin(), "--model", str(model))
+        configure(*SMALL, *plugin(), model=model)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +203,8 @@ def test_an_unsupported_architecture(tmp_path: Path) -> None:
     ids=lambda x: "-".join(x)[:40] if isinstance(x, list) else "",
 )
 def test_refusals_of_the_configuration(arguments: list[str], words: str) -> None:
-    with pytest.raises(Exception, match=words) as e:
+    with pytest.raises(Exception, match=words):
         configure(*SMALL, *plugin(*arguments))
-    assert "\n" not in str(e.value).strip() or "block" in words
 
 
 @pytest.mark.parametrize("granularity", ["message_mean", "sentence_mean"])
