@@ -74,6 +74,8 @@ class Gateway:
         if not session:
             params.extra_args = extra or None
             return generate(_salted(prompt, "deltamem-none", always=False), params, request_id, **kwargs)  # type: ignore[no-any-return]
+        if scope.stranger:
+            raise SessionError("a session needs the API key: send Authorization: Bearer KEY", status=401)
         tokens = _token_ids(prompt)
         if scope.mode == "readwrite":
             scope.engine_calls += 1

@@ -24,12 +24,14 @@ class Scope:
 
     Attributes:
         mode: from the mode header; readwrite unless it says otherwise.
+        stranger: it came without the API key that the server asks for, by a path that vLLM does not guard.
         engine_calls: how many engine requests it has made with a session it may write.
         outcome: what the session service said of its ticket.
         failure: an error of ours that the response must become, headers and status included.
     """
 
     mode: Mode = "readwrite"
+    stranger: bool = False
     engine_calls: int = 0
     outcome: dict[str, Any] = field(default_factory=dict)
     failure: BaseException | None = None

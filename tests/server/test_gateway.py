@@ -182,6 +182,18 @@ def test_the_effective_id_is_checked_wherever_it_came_from(tmp_path: Path, bad: 
     play(tmp_path, scenario)
 
 
+def test_a_stranger_reaches_no_session(tmp_path: Path) -> None:
+    async def scenario(gateway: Gateway, engine: Engine) -> None:
+        for mode in ("readwrite", "read"):
+            scope = Scope(mode=mode, stranger=True)  # type: ignore[arg-type]
+            with pytest.raises(VLLMValidationError, match="needs the API key"):
+                await send(gateway, engine, scope=scope)
+            assert getattr(scope.failure, "status", None) == 401
+        await send(gateway, engine, session=None, scope=Scope(stranger=True))
+
+    play(tmp_path, scenario)
+
+
 # --- which answer is the memory? --------------------------------------------------------------------------------------
 
 
