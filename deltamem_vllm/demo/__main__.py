@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         screen.fail(_explain(e))
         return 1
     except KeyboardInterrupt:
-        screen.fail("interrupted; the server is stopped")
+        screen.fail("interrupted; the server is stopped, nothing of it runs any more")
         return 130
     return 0
 
@@ -76,10 +76,9 @@ def show(screen: Screen, model: Path, adapter: Path) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="deltamem-demo-") as folder:
         store = Path(folder) / "sessions.db"
-        log = Path(folder) / "server.log"
         temporary = {"TMPDIR": folder}  # what a killed server leaves behind goes with the folder
         arguments = (*SMALL, "--served-model-name", NAME)
-        server = VllmServer(model, adapter, f"sqlite:///{store}", *arguments, env=temporary, log=log)
+        server = VllmServer(model, adapter, f"sqlite:///{store}", *arguments, env=temporary)
         with server, Client(server.base_url, NAME) as client:
             screen.step("1  vllm serve with --plugin deltamem")
             screen.plain(" ".join(["vllm", *server.command[1:]]))
@@ -87,6 +86,7 @@ def show(screen: Screen, model: Path, adapter: Path) -> None:
             remember(screen, client)
             restart(screen, server, client)
             forget(screen, client)
+        server.log.unlink()  # kept where something failed
     screen.step(f"All of the above was checked, in {screen.seconds:.0f} s")
     screen.say("Leave a server running with [bold]make serve[/], and talk to it from another terminal:\n")
     screen.plain(CURL.format(port=8000, name=NAME, message=TOLD[0]))

@@ -23,9 +23,10 @@ class Question:
     answer: str
 
 
+#: With the bundled model: four facts that never met in a training dialogue (`deltamem_vllm.recall.data`).
 TOLD = (
     "My name is Clara.",
-    "I live in Prague.",
+    "I live in Rome.",
     "I have a turtle.",
     "My favorite drink is tea.",
 )
@@ -33,7 +34,7 @@ ASKED = (
     Question("What is my favorite drink?", "tea"),
     Question("What is my name?", "clara"),
     Question("What is my pet?", "turtle"),
-    Question("Where do I live?", "prague"),
+    Question("Where do I live?", "rome"),
 )
 
 

@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 
 from deltamem_vllm.errors import CapacityError
-from deltamem_vllm.store.protocol import Record, SessionKey, new_incarnation
+from deltamem_vllm.store.protocol import Expect, Record, SessionKey, new_incarnation
 
 MAX_SESSIONS = 100_000
 """Sessions known at once, record or not."""
@@ -21,6 +21,7 @@ class Session:
         incarnation: the record's, or a fresh random one for a session without a record.
         deletions: how often it was deleted here; a commit granted before a deletion is refused.
         loading: held while the record is read from the store.
+        unsaved: versions that the store could not take yet, oldest first, with what they expect there.
         storing: held while a commit or a deletion is on its way to the store.
     """
 
@@ -32,13 +33,14 @@ class Session:
         self.deletions = 0
         self.loading = asyncio.Lock()
         self.storing = asyncio.Lock()
+        self.unsaved: deque[tuple[Record, Expect | None]] = deque()
         self._owner: str | None = None
         self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
 
     @property
     def idle(self) -> bool:
         """Nobody owns it or waits for it."""
-        return not (self._owner or self._waiting or self.loading.locked() or self.storing.locked())
+        return not (self._owner or self._waiting or self.unsaved or self.loading.locked() or self.storing.locked())
 
     @property
     def owner(self) -> str | None:
@@ -112,6 +114,7 @@ class Session:
     def erase(self) -> None:
         """The session was deleted: no record, another incarnation."""
         self.record, self.loaded = None, True
+        self.unsaved.clear()
         self.incarnation = new_incarnation()
         self.deletions += 1
 

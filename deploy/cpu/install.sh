@@ -50,8 +50,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then
 fi
 
 [ "$(uname -s)" = Linux ] || fail "this is $(uname -s): the CPU wheels of vLLM locked here are for Linux"
-command -v "${CXX:-g++}" >/dev/null ||
-  fail "no C++ compiler: csrc/ is compiled at install. Install g++ (Debian: apt-get install g++), or set CXX"
+compiler=${CXX:-g++}
+command -v "${compiler%% *}" >/dev/null ||
+  fail "no C++ compiler ($compiler): csrc/ is compiled at install. Install g++ (Debian: apt-get install g++), or set CXX"
 
 if ! { [ -x "$venv/bin/python" ] && supported "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
   python=$(find_python)

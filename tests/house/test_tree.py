@@ -4,6 +4,7 @@ import re
 import stat
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tomllib
@@ -11,6 +12,8 @@ import tomllib
 from deltamem_vllm.config import Settings
 from deltamem_vllm.plugin import _FLAGS
 from deltamem_vllm.server import scope
+from deltamem_vllm.server.routes import SessionInfo
+from deltamem_vllm.sessions.grants import OutcomeStatus
 
 ROOT = Path(__file__).parents[2]
 LINES = 400
@@ -22,6 +25,7 @@ SOURCES = sorted(
 )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SESSIONS = (ROOT / "docs" / "sessions.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
@@ -56,6 +60,18 @@ def test_readme_names_every_header(header: str) -> None:
 @pytest.mark.parametrize("mode", scope.MODES)
 def test_readme_names_every_mode(mode: str) -> None:
     assert f"{scope.MODE_HEADER}: {mode}" in README
+
+
+@pytest.mark.parametrize("status", get_args(OutcomeStatus))
+def test_documents_explain_every_outcome(status: str) -> None:
+    assert f"`{status}`" in README
+    assert f"`{status}`" in SESSIONS
+
+
+def test_documents_explain_what_a_client_sees_of_a_session() -> None:
+    assert {"version", "state_bytes", "durable"} <= set(SessionInfo.model_fields)
+    assert "`state_bytes`" in SESSIONS
+    assert '"durable": false' in SESSIONS
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def main(store: str, folder: str, bug: str) -> None:
     service = make_service(store, queue_depth=64)
     if bug == "early":
         service.writer.close()
-        service.writer = EarlyWriter(service.store)
+        service.writer = service.commits._writer = EarlyWriter(service.store)
     socket: Any = zmq.Context().socket(zmq.PULL)
     socket.bind(f"ipc://{folder}/engine")
     service.start(lambda started: serve(started, f"ipc://{folder}/control"))

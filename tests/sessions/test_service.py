@@ -1,6 +1,7 @@
-"""The session service on its own loop: admission, tickets, commits, start and end."""
+"""The session service on its own loop: admission, commits, and everything that can come between them."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,20 @@ import pytest
 from deltamem_vllm.errors import CapacityError, SessionError
 from deltamem_vllm.sessions import service as service_module
 from deltamem_vllm.sessions.service import SessionService
-from deltamem_vllm.sessions.windows import WRITE_ALL
-from deltamem_vllm.store.protocol import Expect
-from tests.sessions.harness import admit, drive, end_of, ids, key, make_service, memory, run, turn
+from deltamem_vllm.store.memory import MemoryStore
+from deltamem_vllm.store.protocol import Outcomes, Put
+from tests.sessions.harness import admit, drive, ids, key, make_service, memory, run, turn
 
 
 @pytest.fixture(params=["memory", "sqlite"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return "memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/s.db"
+
+
+def end_of(service: SessionService, session: str) -> np.ndarray:
+    record = service.store.get(key(session))
+    assert record is not None
+    return record.end
 
 
 # --- one session ------------------------------------------------------------------------------------------------------
@@ -144,7 +151,7 @@ def test_salts_follow_the_memory() -> None:
         await turn(service, "s", [5, 6], [0])
         grown = await admit(service, "s", [1, 2], "read")
         assert grown["salt"] != empty["salt"], "blocks made from the old memory must not serve the new one"
-        theirs = await service.admit("ticket", key("s"), "read", ids([1, 2]), "client's", False)
+        theirs = await service.admit("theirs", key("s"), "read", ids([1, 2]), "client's", False)
         assert theirs["salt"] != grown["salt"]
 
     drive(make_service(), scenario)
@@ -265,90 +272,82 @@ def test_an_end_without_a_commit_frees_the_session(status: str) -> None:
     drive(make_service(), scenario)
 
 
-# --- life -------------------------------------------------------------------------------------------------------------
+# --- deletion ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_survives_a_restart(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/s.db"
-
-    async def first(service: SessionService) -> None:
-        await turn(service, "s", [1, 2], [3])
-
-    async def second(service: SessionService) -> None:
-        granted = await admit(service, "s", [1, 2, 3, 4])
-        assert (granted["version"], granted["window"], granted["matched"]) == (1, "extend", 2)
-        await run(service, granted["ticket"], [1, 2, 3, 4], [0])
-        np.testing.assert_array_equal(end_of(service, "s"), memory(None, [1, 2, 3, 4]))
-
-    drive(make_service(url), first)
-    drive(make_service(url), second)
-
-
-def test_closing_waits_for_commits_under_way(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/s.db"
-    service = make_service(url)
-
+def test_delete(store_url: str) -> None:
     async def scenario(service: SessionService) -> None:
-        for i in range(50):
-            granted = await admit(service, f"{i}", [i])
-            service.claim(granted["ticket"])
-            service.commit(granted["ticket"], [i], memory(None, [i]))
-        await asyncio.sleep(0)  # their commits begin, none is waited for
-
-    drive(service, scenario)
-
-    async def check(service: SessionService) -> None:
-        for i in range(50):
-            np.testing.assert_array_equal(end_of(service, f"{i}"), memory(None, [i]))
-
-    drive(make_service(url), check)
-
-
-def test_calls_after_the_end_do_no_harm() -> None:
-    service = make_service()
-
-    async def scenario(service: SessionService) -> str:
-        return str((await admit(service, "s", [1]))["ticket"])
-
-    ticket = drive(service, scenario)
-    assert service.claim(ticket) is not None
-    service.end(ticket, "aborted")
-    service.commit(ticket, [1], memory(None, [1]))
-
-
-def test_a_control_server_that_cannot_start_is_said_at_start() -> None:
-    service = make_service()
-
-    async def broken(service: SessionService) -> None:
-        raise OSError("Address already in use")
-
-    with pytest.raises(OSError, match="Address already in use"):
-        service.start(broken)
-
-
-def test_the_directory_does_not_grow_by_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltamem_vllm.sessions import directory
-
-    monkeypatch.setattr(directory, "MAX_SESSIONS", 100)
-
-    async def scenario(service: SessionService) -> None:
-        for i in range(1000):
-            await service.info(key(f"a{i}"))
-            await service.delete(key(f"b{i}"))
-        assert len(service.directory) < 500
-
-    drive(make_service(), scenario)
-
-
-def test_unlimited_writes_are_the_plans_default() -> None:
-    async def scenario(service: SessionService) -> None:
-        grant = service.claim((await admit(service, "s", [1]))["ticket"])
+        assert not await service.delete(key("s"))
+        await turn(service, "s", [1, 2], [0])
+        record = service.store.get(key("s"))
+        assert record is not None
+        assert await service.delete(key("s"))
+        assert service.store.get(key("s")) is None
+        assert await service.info(key("s")) is None
+        assert len(service.erased_states) == 2, "the pool must be told which states to zero"
+        again = await admit(service, "s", [1, 2])
+        assert (again["version"], again["window"]) == (0, "new")
+        grant = service.claim(again["ticket"])
         assert grant is not None
-        assert (grant.write_limit, grant.expect) == (WRITE_ALL, None)
-        service.end(grant.ticket, "aborted")
-        await turn(service, "s", [2], [0])
-        grant = service.claim((await admit(service, "s", [1]))["ticket"])
-        assert grant is not None
-        assert grant.expect == Expect(1, grant.incarnation)
+        assert grant.base is None
+        assert grant.incarnation != record.incarnation
 
-    drive(make_service(), scenario)
+    drive(make_service(store_url), scenario)
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_delete_while_a_request_runs(store_url: str, existed: bool) -> None:
+    async def scenario(service: SessionService) -> None:
+        if existed:
+            await turn(service, "s", [1, 2], [0])
+        granted = await admit(service, "s", [3, 4])
+        assert await service.delete(key("s")) is existed
+        outcome = await run(service, granted["ticket"], [3, 4], [0])
+        assert outcome["status"] == "conflict"
+        assert "was deleted while the request ran" in outcome["error"]
+        assert service.store.get(key("s")) is None, "the deleted session has come back"
+        assert (await turn(service, "s", [5], [0]))["version"] == 1
+        np.testing.assert_array_equal(end_of(service, "s"), memory(None, [5]))
+
+    drive(make_service(store_url), scenario)
+
+
+class Slow(MemoryStore):
+    """Holds commits back until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import threading
+
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def put_many(self, puts: Sequence[Put]) -> Outcomes:
+        self.reached.set()
+        assert self.go.wait(10)
+        return super().put_many(puts)
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_delete_while_a_commit_is_on_its_way_to_the_store(existed: bool) -> None:
+    store = Slow()
+
+    async def scenario(service: SessionService) -> None:
+        if existed:
+            store.go.set()
+            await turn(service, "s", [1, 2], [0])
+            store.reached.clear()
+            store.go.clear()
+        granted = await admit(service, "s", [3, 4])
+        committing = asyncio.create_task(run(service, granted["ticket"], [3, 4], [0]))
+        await asyncio.get_running_loop().run_in_executor(None, store.reached.wait, 5)
+        deleting = asyncio.create_task(service.delete(key("s")))
+        await asyncio.sleep(0.1)
+        store.go.set()
+        outcome, deleted = await committing, await deleting
+        assert service.store.get(key("s")) is None, f"{outcome} came after the deletion ({deleted}) and stayed"
+        assert outcome["status"] == ("committed" if deleted else "conflict")
+        assert await service.info(key("s")) is None
+        assert (await turn(service, "s", [5], [0]))["status"] == "committed"
+        np.testing.assert_array_equal(end_of(service, "s"), memory(None, [5]))
+
+    drive(make_service(store), scenario)
