@@ -113,10 +113,3 @@ async def turn(
     """A whole request; returns its outcome."""
     granted = await admit(service, session, prompt, mode)
     return await run(service, granted["ticket"], prompt, reply)
-
-
-def end_of(service: SessionService, session: str) -> np.ndarray:
-    """The committed state of a session."""
-    record = service.store.get(key(session))
-    assert record is not None
-    return record.end
