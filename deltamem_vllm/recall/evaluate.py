@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=ADAPTER_DIR)
     parser.add_argument("--sessions", type=int, default=128)
     parser.add_argument("--facts", type=int, nargs="*", help="facts per session; several are run in turn")
+    parser.add_argument("--resent", type=int, default=16, help="sessions also run with full prompts")
     parser.add_argument("--reference", action="store_true", help="use the plain torch scan")
     args = parser.parse_args()
     model = Backbone.load(args.model)
@@ -122,7 +123,9 @@ def main() -> None:
     shapes = [None] if not args.facts else [Shape(facts=(n, n), talk=(1, 4)) for n in args.facts]
     for shape in shapes:
         extra = {} if shape is None else {"shape": shape}
-        result = evaluate(model, memories, heldout_sessions(args.sessions, **extra))
+        result = evaluate(
+            model, memories, heldout_sessions(args.sessions, **extra), resent=args.resent
+        )
         facts = "mixed" if shape is None else shape.facts[0]
         print(json.dumps({"facts": facts, "sessions": args.sessions, **result}), flush=True)
 

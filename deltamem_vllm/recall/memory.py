@@ -105,7 +105,9 @@ class Memories(nn.Module):
         text = json.dumps(config, indent=2) + "\n"
         (folder / "delta_mem_config.json").write_text(text, encoding="utf-8")
         torch.save(tensors, folder / "delta_mem_adapter.pt")
-        save_file(tensors, str(folder / "delta_mem_adapter.safetensors"))
+        flat = folder / "delta_mem_adapter.safetensors"
+        save_file(tensors, str(flat))
+        flat.chmod(0o644)
 
     @classmethod
     def load(cls, folder: Path, size) -> Memories:

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from . import ADAPTER_DIR, MODEL_DIR, tokenizer
 from .backbone import Backbone, Size, hf_config
 from .data import Shape, make_dialogue
+from .evaluate import evaluate
 from .memory import Memories
+from .sessions import heldout_sessions
 from .windows import Batch, Layout, collate, lay_out
 
 
@@ -29,7 +31,7 @@ class Stage:
     mix: tuple[tuple[Shape, Layout, int], ...]
 
 
-PHASES = ("backbone", "adapter", "refine")
+PHASES = ("backbone", "adapter", "refine", "heldout")
 PEAK_RATES = {"backbone": 3e-3, "adapter": 1e-2, "refine": 8e-3}
 WARM_UP = 60
 
@@ -181,15 +183,17 @@ def main() -> None:
         else:
             model = Backbone.load(args.model)
         model.requires_grad_(False)
-        if args.first == "refine":
+        if args.first in ("refine", "heldout"):
             memories = Memories.load(args.adapter, model.size)
         else:
             torch.manual_seed(args.seed + 1)
             memories = Memories(model.size)
             fit("adapter", model, memories, ADAPTER_STAGES, args.seed, log)
             memories.save(args.adapter)
-        fit("refine", model, memories, REFINE_STAGES, args.seed, log)
-        memories.save(args.adapter)
+        if args.first != "heldout":
+            fit("refine", model, memories, REFINE_STAGES, args.seed, log)
+            memories.save(args.adapter)
+        log(phase="heldout", sessions=128, **evaluate(model, memories, heldout_sessions(128)))
 
 
 if __name__ == "__main__":
