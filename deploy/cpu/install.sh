@@ -102,6 +102,9 @@ install "$packages" -r "$here/requirements.lock"
 say "installing build tools, pytest, ruff and mypy"
 install "$(count "$here/requirements-dev.lock")" -r "$here/requirements-dev.lock"
 
+say "putting Triton aside, for the tests of vLLM's second model runner"
+install 1 --upgrade --target "$venv/triton" "$(grep -oE '^# *triton==[0-9.]+' "$here/requirements-dev.lock" | tr -d '# ')"
+
 say "naming the CPU build of vLLM \`vllm\`"
 cp -r "$here/vllm-metapackage" "$work/vllm"  # setuptools writes beside what it builds
 install 1 --no-build-isolation "$work/vllm"

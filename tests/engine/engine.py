@@ -128,6 +128,10 @@ class Engine:
         """A value of vLLM's configuration, as ``scheduler_config.async_scheduling``."""
         return self._call(CALL_SECONDS, "setting", path)
 
+    def imported(self, module: str) -> bool:
+        """Whether the engine's process has imported a module."""
+        return bool(self._call(CALL_SECONDS, "imported", module))
+
     def compiled_graphs(self) -> int:
         """Graphs that torch.compile has traced in the first worker; needs `ASK_INSIDE` in the environment."""
         return int(self._call(CALL_SECONDS, "compiled_graphs"))

@@ -21,6 +21,10 @@ FEWEST = 15
 """Of the 20 reported tokens per position, so many must be in the fixture's 20: the last ones may be ties."""
 
 
+class WrongAnswer(AssertionError):
+    """An engine answered other tokens or log-probabilities than it should."""
+
+
 class Case:
     """One folder of `tests/fixtures`.
 
@@ -74,7 +78,8 @@ class Case:
 
     def state_after_first_reply(self) -> np.ndarray:
         """What an engine commits after ``first_turn``: all but the last generated token were fed."""
-        return self._tensors["first_turn/decode.states"][self._steps.index(30)]
+        states: np.ndarray = self._tensors["first_turn/decode.states"]
+        return np.asarray(states[self._steps.index(30)])
 
 
 @functools.cache
@@ -85,7 +90,8 @@ def case(name: str) -> Case:
 
 def check_reply(expected: Case, run: str, reply: Reply) -> None:
     """Tokens equal; every reported log-probability within the tolerance."""
-    assert reply.tokens == expected.reply(run), f"{run}: other tokens than the official code's"
+    if reply.tokens != expected.reply(run):
+        raise WrongAnswer(f"{run}: {reply.tokens}, expected {expected.reply(run)}")
     note("reply", worst(f"{run} reply", reply.logprobs, expected.reply_logprobs(run)))
 
 
@@ -111,7 +117,8 @@ def worst(what: str, got: Sequence[Top], expected: Sequence[Top], tolerance: flo
         both = mine.keys() & theirs.keys()
         assert len(both) >= min(FEWEST, len(theirs)), f"{what} {position}: only {len(both)} tokens in common"
         apart = max(abs(mine[token] - theirs[token]) for token in both)
-        assert apart <= tolerance, f"{what} {position}: a log-probability is {apart:.1e} away"
+        if not apart <= tolerance:
+            raise WrongAnswer(f"{what} {position}: a log-probability is {apart:.1e} away")
         largest = max(largest, apart)
     return largest
 

@@ -117,7 +117,8 @@ class Memory:
             lam = 1 - beta
         else:
             lam = self._gate(h, "lambda")
-        state = torch.zeros(self.heads, self.rank, self.rank) if state is None else state.reshape(q.shape[1], -1, self.rank)
+        shape = (self.heads, self.rank, self.rank)
+        state = torch.zeros(shape) if state is None else state.reshape(shape)
         reads = []
         for t in range(len(h)):
             reads.append((state @ q[t, :, :, None]).flatten())
@@ -133,7 +134,7 @@ class Memory:
         config = self.config
         if name not in config["delta_heads"]:
             return reads.new_zeros(len(reads), width)
-        delta = reads @ self.tensors[f"delta_{name}_proj"].T * (config["alpha"] / config["rank"])
+        delta: Tensor = reads @ self.tensors[f"delta_{name}_proj"].T * (config["alpha"] / config["rank"])
         if config["trainable_delta_scale"]:
             raw = self.tensors["delta_scale_raw"]
             one = raw["qkvo".index(name)] if config["delta_scale_granularity"] == "head" else raw[0]
@@ -147,12 +148,14 @@ class Memory:
         if name == "v" or not self.config["normalize_qk"]:
             return x
         x = torch.tanh(x)
-        return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        length: Tensor = x.norm(dim=-1, keepdim=True)
+        return x / length.clamp_min(1e-6)
 
     def _gate(self, h: Tensor, name: str) -> Tensor:
         """[T, H, r, 1]: one value per row of S, or [T, H, 1, 1]."""
         gate = torch.sigmoid(h @ self.tensors[f"{name}_proj"].T + self.tensors[f"{name}_bias"])
-        return gate.view(len(h), self.heads, self.rank if self.config["rankwise_gates"] else 1, 1)
+        rows: int = self.rank if self.config["rankwise_gates"] else 1
+        return gate.view(len(h), self.heads, rows, 1)
 
 
 def _adapter_tensors(folder: Path) -> Weights:

@@ -76,6 +76,10 @@ class Served:
         """See `Engine.setting`."""
         return operator.attrgetter(path)(self.llm.llm_engine.vllm_config)
 
+    def imported(self, module: str) -> bool:
+        """See `Engine.imported`."""
+        return module in sys.modules
+
     def compiled_graphs(self) -> int:
         """See `Engine.compiled_graphs`."""
         return int(self.llm.collective_rpc(compiled_graphs)[0])

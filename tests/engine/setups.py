@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import pytest
 from tests.engine.engine import ASK_INSIDE, Setup
 from tests.engine.official import Case
 
-TRITON = os.environ.get("DELTAMEM_TEST_TRITON", "")
-"""A folder with Triton, for where it is not installed: ``pip install --no-deps --target DIR triton``."""
+TRITON = os.environ.get("DELTAMEM_TEST_TRITON") or str(Path(sys.prefix) / "triton")
+"""A folder with Triton, which only these tests want: installed beside the packages, not among them (see
+``deploy/cpu/install.sh``), so that vLLM runs as it does for users, whose CPU machines have none."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 24, "enable_chunked_prefill": True},
@@ -43,7 +44,10 @@ def setup(name: str, case: Case, **options: Any) -> Setup:
     """A configuration by name, for one case."""
     path: tuple[str, ...] = ()
     if name == "v2_async":
-        if not TRITON and importlib.util.find_spec("triton") is None:
-            pytest.skip("the V2 model runner needs Triton: install it, or name its folder in DELTAMEM_TEST_TRITON")
-        path = tuple(filter(None, [str(Path(__file__).parent / "v2_shim"), TRITON]))
+        if not Path(TRITON, "triton").is_dir():
+            pytest.fail(
+                f"the V2 model runner needs Triton in {TRITON}: run deploy/cpu/install.sh, or name another "
+                "folder in DELTAMEM_TEST_TRITON (pip install --no-deps --target DIR triton==3.6.0)"
+            )
+        path = (str(Path(__file__).parent / "v2_shim"), TRITON)
     return Setup(case.model, case.adapter, {**OPTIONS[name], **options}, env=ENV.get(name, {}), path=path)

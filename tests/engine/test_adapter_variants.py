@@ -11,7 +11,7 @@ import torch
 from tests.engine.asking import Ask, Reply
 from tests.engine.engine import Engine, Setup
 from tests.engine.measured import note
-from tests.engine.official import Case, case, check_state, worst
+from tests.engine.official import Case, WrongAnswer, case, check_state, worst
 from tests.engine.plain_model import PlainModel, States
 from tests.engine.random_adapter import VARIANTS, write_adapter
 from tests.engine.runs import fresh
@@ -90,5 +90,5 @@ def test_bf16_stays_near_the_fp32_answers(bf16: tuple[Engine, Case]) -> None:
         note("state", apart)
     bare = engine.one(Ask(expected.full("new_window"), None, "off", n=1, prompt_logprobs=True))
     got = [top for top in bare.prompt[len(prompt) : len(prompt) + 32] if top is not None]
-    with pytest.raises(AssertionError):  # so near that the bare model is seen to be another
+    with pytest.raises(WrongAnswer):  # so near that the bare model is seen to be another
         worst("off", got, expected.reply_logprobs("new_window"), BF16_LOGPROB)

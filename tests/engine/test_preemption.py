@@ -32,9 +32,7 @@ def test_preempted_owners_answer_and_commit_as_if_alone(crowded: tuple[Engine, C
     before = engine.metric("vllm:num_preemptions")
     runs = ["first_turn", "new_window"] * 4
     sessions = [fresh("e") if run == "first_turn" else with_first_turn(engine, expected, "g") for run in runs]
-    replies = engine.run(
-        *(Ask(expected.prompt(run), session) for run, session in zip(runs, sessions, strict=True))
-    )
+    replies = engine.run(*(Ask(expected.prompt(run), session) for run, session in zip(runs, sessions, strict=True)))
     # Every request owns a session, so an owner was preempted.
     assert engine.metric("vllm:num_preemptions") > before
     for run, session, reply in zip(runs, sessions, replies, strict=True):

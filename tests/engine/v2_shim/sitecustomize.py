@@ -37,7 +37,7 @@ def _schedule_asynchronously(module: Any) -> None:
 
 
 if importlib.util.find_spec("triton") is not None:  # other Pythons start with this file on their path, too
-    from triton import backends
+    from triton import backends  # type: ignore[import-not-found, unused-ignore]
 
     backends.backends["cpu"] = _Backend
 after_import("vllm.platforms.cpu", _schedule_asynchronously)
