@@ -2,6 +2,8 @@
 VENV ?= .venv
 PY = $(VENV)/bin/python
 PYTEST_ARGS ?=
+# Test files side by side; most of a run is vLLM engines starting, each on one core.
+WORKERS ?= 2
 
 # One thread per process unless the caller says otherwise: the tests and the demo run models of well under 1 M
 # parameters, where more threads only wait for each other.
@@ -32,10 +34,10 @@ serve: venv
 	@exec $(PY) -m deltamem_vllm.demo serve --port $(PORT)
 
 test: venv
-	@exec $(PY) -m pytest $(PYTEST_ARGS)
+	@exec $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 nightly: venv
-	@exec env DELTAMEM_NIGHTLY=1 $(PY) -m pytest --timeout 7200 $(PYTEST_ARGS)
+	@exec env DELTAMEM_NIGHTLY=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --timeout 7200 $(PYTEST_ARGS)
 
 lint: venv
 	@$(PY) -m ruff check .
