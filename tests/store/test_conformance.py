@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deltamem_vllm.errors import StaleVersion
-from deltamem_vllm.store import memory, protocol, sqlite
+from deltamem_vllm.store import ledger, protocol
 from deltamem_vllm.store.memory import MemoryStore
 from deltamem_vllm.store.protocol import Expect, Record, StateStore
 from deltamem_vllm.store.sqlite import SQLiteStore
-from tests.store import conformance
+from tests.store import conformance, conformance_kept
 
 
 class Reopened:
@@ -20,16 +21,28 @@ class Reopened:
         self.path = path
         self.opened: list[StateStore] = []
 
-    def __call__(self) -> StateStore:
-        self.opened.append(SQLiteStore(self.path))
+    def __call__(self, **options: Any) -> StateStore:
+        self.opened.append(SQLiteStore(self.path, **options))
         return self.opened[-1]
+
+
+class Kept:
+    """The same memory again each time, with new options."""
+
+    def __init__(self) -> None:
+        self.first = MemoryStore()
+
+    def __call__(self, **options: Any) -> StateStore:
+        store = MemoryStore(**options)
+        for name in ("_sessions", "_usage", "_lock"):
+            setattr(store, name, getattr(self.first, name))
+        return store
 
 
 @pytest.fixture(params=["sqlite", "memory"])
 def open_(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[conformance.Open]:
     if request.param == "memory":
-        store = MemoryStore()
-        yield lambda: store
+        yield Kept()
         return
     reopened = Reopened(tmp_path / "s.db")
     yield reopened
@@ -37,33 +50,37 @@ def open_(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[conformanc
         opened.close()
 
 
-@pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
+CHECKS = [*conformance.CHECKS, *conformance_kept.CHECKS]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_store(check: conformance.Check, open_: conformance.Open) -> None:
     check(open_)
 
 
 # --- planted bugs -------------------------------------------------------------------------------------------
 
-Admit = Callable[[Record, Expect | None, tuple[int, str, str] | None], bool]
+Stored = tuple[int, str, str] | None
+Admit = Callable[[Record, Expect | None, Stored, str | None], bool]
 real_admit: Admit = protocol.admit
 
 
-def no_predicate(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None) -> bool:
+def no_predicate(record: Record, expect: Expect | None, stored: Stored, kept: str | None) -> bool:
     return True
 
 
-def no_incarnation(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None) -> bool:
-    return real_admit(record, expect, stored and (stored[0], record.incarnation, stored[2]))
+def no_incarnation(record: Record, expect: Expect | None, stored: Stored, kept: str | None) -> bool:
+    return real_admit(record, expect, stored and (stored[0], record.incarnation, stored[2]), kept)
 
 
-def no_request_id(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None) -> bool:
+def no_request_id(record: Record, expect: Expect | None, stored: Stored, kept: str | None) -> bool:
     if stored and stored == (record.version, record.incarnation, record.request_id):
         raise StaleVersion("exists")
-    return real_admit(record, expect, stored)
+    return real_admit(record, expect, stored, None)
 
 
-def any_request_id(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None) -> bool:
-    return real_admit(record, expect, stored and (*stored[:2], record.request_id))
+def any_request_id(record: Record, expect: Expect | None, stored: Stored, kept: str | None) -> bool:
+    return real_admit(record, expect, stored and (*stored[:2], record.request_id), kept)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +96,6 @@ def any_request_id(record: Record, expect: Expect | None, stored: tuple[int, str
 def test_suite_catches_a_changed_rule(
     mutant: Admit, check: conformance.Check, open_: conformance.Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "admit", mutant)
-    monkeypatch.setattr(memory, "admit", mutant)
+    monkeypatch.setattr(ledger, "admit", mutant)
     with pytest.raises((AssertionError, pytest.fail.Exception, StaleVersion)):
         check(open_)
