@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from deltamem_vllm.errors import QuotaExceeded, StaleVersion, VersionNotKept
-from deltamem_vllm.store.protocol import Expect, Quota, Record, SessionKey, StateStore, Usage, admit
+from deltamem_vllm.errors import QuotaExceeded, StaleVersion, StoreError, VersionNotKept
+from deltamem_vllm.store.protocol import Expect, Outcome, Quota, Record, SessionKey, StateStore, Usage, admit
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,51 @@ def decide(
     change = Change(view.head is None, trim, size - sum(view.kept[version][1] for version in trim))
     check_quota(change, usage, quota, record.key)
     return change
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One record that a group stores."""
+
+    record: Record
+    expect: Expect | None
+    blob: bytes
+    change: Change
+
+
+def plan(
+    puts: Mapping[int, tuple[Record, Expect | None, bytes]],
+    views: dict[SessionKey, View],
+    usages: dict[str, Usage],
+    quota: Quota,
+    keep: int,
+) -> tuple[dict[int, Outcome], list[Write]]:
+    """What a group writes, in order, each item seeing those before it.
+
+    Args:
+        puts: by the caller's index: record, what its writer saw, encoded record.
+        views: of every session of the group that exists; brought up to date.
+        usages: of every tenant of the group that has one; brought up to date.
+
+    Returns:
+        the outcome of each index, and what is to be written.
+    """
+    outcomes: dict[int, Outcome] = {}
+    writes: list[Write] = []
+    for index, (record, expect, blob) in puts.items():
+        key = record.key
+        view, usage = views.get(key, View()), usages.get(key.tenant, Usage())
+        try:
+            change = decide(record, expect, len(blob), view, usage, quota, keep)
+        except StoreError as error:
+            outcomes[index] = error
+            continue
+        outcomes[index] = None
+        if change is not None:
+            views[key] = view.after(record, len(blob), change)
+            usages[key.tenant] = change.applied(usage)
+            writes.append(Write(record, expect, blob, change))
+    return outcomes, writes
 
 
 def check_quota(change: Change, usage: Usage, quota: Quota, key: SessionKey) -> None:

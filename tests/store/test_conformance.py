@@ -1,6 +1,7 @@
 """One suite for all stores, and proof that it catches planted bugs."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,21 @@ import pytest
 from deltamem_vllm.errors import StaleVersion
 from deltamem_vllm.store import ledger, protocol
 from deltamem_vllm.store.memory import MemoryStore
+from deltamem_vllm.store.postgres import PostgresStore
 from deltamem_vllm.store.protocol import Expect, Record, StateStore
 from deltamem_vllm.store.sqlite import SQLiteStore
 from tests.store import conformance, conformance_kept
 
 
 class Reopened:
-    """Opens the same SQLite file again each time, and closes everything at the end."""
+    """Opens the same store again each time, and closes everything at the end."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, make: Callable[..., StateStore]) -> None:
+        self.make = make
         self.opened: list[StateStore] = []
 
     def __call__(self, **options: Any) -> StateStore:
-        self.opened.append(SQLiteStore(self.path, **options))
+        self.opened.append(self.make(**options))
         return self.opened[-1]
 
 
@@ -39,12 +41,15 @@ class Kept:
         return store
 
 
-@pytest.fixture(params=["sqlite", "memory"])
+@pytest.fixture(params=["sqlite", "memory", "postgres"])
 def open_(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[conformance.Open]:
-    if request.param == "memory":
-        yield Kept()
-        return
-    reopened = Reopened(tmp_path / "s.db")
+    match request.param:
+        case "memory":
+            reopened = Reopened(Kept())
+        case "postgres":
+            reopened = Reopened(partial(PostgresStore, request.getfixturevalue("postgres_url")))
+        case _:
+            reopened = Reopened(partial(SQLiteStore, tmp_path / "s.db"))
     yield reopened
     for opened in reopened.opened:
         opened.close()
