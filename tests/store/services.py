@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Data lies in memory where it can: what is tested here is not the disk."""
 INSTALL = "deploy/ci/install-services.sh"
 
 
@@ -80,7 +82,7 @@ def answers(port: int, ask: bytes, start: bytes) -> Callable[[], bool]:
 def postgres() -> Iterator[Server]:
     """A PostgreSQL server with superuser ``test``, database ``postgres``, trust on loopback."""
     initdb = str(Path(binary("initdb", "usr/lib/postgresql/*/bin/initdb")).resolve())  # postgres lies beside it
-    with tempfile.TemporaryDirectory(prefix="deltamem-pg-") as name:
+    with tempfile.TemporaryDirectory(prefix="deltamem-pg-", dir=FOLDER) as name:
         folder, port = Path(name), free_port()
         if os.getuid() == 0:
             nobody = pwd.getpwnam("nobody")
@@ -107,7 +109,7 @@ def postgres() -> Iterator[Server]:
 def redis(*options: str) -> Iterator[Server]:
     """A Redis server; by default every write is synced, as ``appendfsync always`` does."""
     program = binary("redis-server")
-    with tempfile.TemporaryDirectory(prefix="deltamem-redis-") as name:
+    with tempfile.TemporaryDirectory(prefix="deltamem-redis-", dir=FOLDER) as name:
         folder, port = Path(name), free_port()
         command = [program, "--port", f"{port}", "--bind", "127.0.0.1", "--dir", name, "--save", ""]
         command += list(options or ("--appendonly", "yes", "--appendfsync", "always"))
@@ -155,6 +157,8 @@ class Proxy:
                 server = socket.create_connection(("127.0.0.1", self.target))
             except OSError:
                 return
+            for each in (client, server):
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._pairs.append((client, server))
             for source, sink, look in ((client, server, "forward"), (server, client, "backward")):
                 threading.Thread(target=self._pump, args=(source, sink, look, client, server), daemon=True).start()

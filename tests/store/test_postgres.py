@@ -18,9 +18,10 @@ from deltamem_vllm.store.protocol import Expect, SessionKey
 from tests.store import conformance
 from tests.store.records import INCARNATION, KEY, record
 from tests.store.services import Proxy, Server
+from tests.store.test_crypto import check_rotation
 
 NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
-CUTS = 2000 if NIGHTLY else 120
+CUTS = 2000 if NIGHTLY else 150
 
 
 @pytest.fixture
@@ -132,6 +133,10 @@ def test_a_cut_delete_says_what_it_did(postgres_url: str, proxy: Proxy) -> None:
     assert store.get(KEY) is None
     assert not store.delete(KEY)
     store.close()
+
+
+def test_rotation(postgres_url: str) -> None:
+    check_rotation(lambda codec: PostgresStore(postgres_url, codec=codec))
 
 
 # --- outages ------------------------------------------------------------------------------------------------
