@@ -39,6 +39,6 @@ def redis_server() -> Iterator[services.Server]:
 
 
 @pytest.fixture
-def redis_url(redis_server: services.Server) -> str:
-    """A fresh namespace."""
-    return f"redis://127.0.0.1:{redis_server.port}/0?namespace=test{next(_numbers)}"
+def redis_place(redis_server: services.Server) -> tuple[str, str]:
+    """A URL and a fresh namespace."""
+    return f"redis://127.0.0.1:{redis_server.port}/0", f"test*{next(_numbers)}"

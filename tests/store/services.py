@@ -54,6 +54,7 @@ class Server:
         deadline = time.monotonic() + 30
         while not self._ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop(9)
                 raise RuntimeError(f"{self._command} did not start: {(self.folder / 'log').read_text()[-2000:]}")
             time.sleep(0.02)
 
@@ -65,14 +66,14 @@ class Server:
             self._process = None
 
 
-def answers(port: int, ask: bytes, start: bytes) -> Callable[[], bool]:
-    """Whether a server on ``port`` answers ``ask`` with something that begins so."""
+def answers(port: int, ask: bytes, *starts: bytes) -> Callable[[], bool]:
+    """Whether a server on ``port`` answers ``ask`` with something that begins as one of ``starts``."""
 
     def ready() -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as peer:
             peer.settimeout(1)
             peer.sendall(ask)
-            return peer.recv(64).startswith(start)
+            return peer.recv(64).startswith(starts)
         return False
 
     return ready
@@ -113,7 +114,7 @@ def redis(*options: str) -> Iterator[Server]:
         folder, port = Path(name), free_port()
         command = [program, "--port", f"{port}", "--bind", "127.0.0.1", "--dir", name, "--save", ""]
         command += list(options or ("--appendonly", "yes", "--appendfsync", "always"))
-        server = Server(folder, command, port, answers(port, b"PING\r\n", b"+PONG"))
+        server = Server(folder, command, port, answers(port, b"PING\r\n", b"+PONG", b"-NOAUTH"))
         server.start()
         try:
             yield server

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from deltamem_vllm.errors import StaleVersion
-from deltamem_vllm.store import ledger, protocol
+from deltamem_vllm.errors import StaleVersion, StoreError
+from deltamem_vllm.store import ledger, protocol, redis_scripts
 from deltamem_vllm.store.memory import MemoryStore
 from deltamem_vllm.store.postgres import PostgresStore
 from deltamem_vllm.store.protocol import Expect, Record, StateStore
+from deltamem_vllm.store.redis import RedisStore
 from deltamem_vllm.store.sqlite import SQLiteStore
 from tests.store import conformance, conformance_kept
 
@@ -41,13 +42,16 @@ class Kept:
         return store
 
 
-@pytest.fixture(params=["sqlite", "memory", "postgres"])
+@pytest.fixture(params=["sqlite", "memory", "postgres", "redis"])
 def open_(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[conformance.Open]:
     match request.param:
         case "memory":
             reopened = Reopened(Kept())
         case "postgres":
-            reopened = Reopened(partial(PostgresStore, request.getfixturevalue("postgres_url")))
+            reopened = Reopened(partial(PostgresStore, request.getfixturevalue("postgres_url"), retry_seconds=1.0))
+        case "redis":
+            url, namespace = request.getfixturevalue("redis_place")
+            reopened = Reopened(partial(RedisStore, url, namespace=namespace))
         case _:
             reopened = Reopened(partial(SQLiteStore, tmp_path / "s.db"))
     yield reopened
@@ -88,19 +92,33 @@ def any_request_id(record: Record, expect: Expect | None, stored: Stored, kept: 
     return real_admit(record, expect, stored and (*stored[:2], record.request_id), kept)
 
 
+MUTANTS = {  # the rule in Python, and in Redis' script what to replace by what
+    "no_predicate": (no_predicate, ("stored[1] == seen and stored[2] == life", "stored[1]")),
+    "no_incarnation": (no_incarnation, ("stored[2] == life", "true"), ("stored[2] == incarnation", "stored[2]")),
+    "no_request_id": (no_request_id, ("local same =", "local same = false and")),
+    "any_request_id": (any_request_id, (" and stored[3] == request", "")),
+}
+
+
 @pytest.mark.parametrize(
     ("mutant", "check"),
     [
-        (no_predicate, conformance.moves_only_from_the_expected_version),
-        (no_predicate, conformance.eight_threads_lose_no_update),
-        (no_incarnation, conformance.a_recreated_session_has_another_life),
-        (no_request_id, conformance.the_same_request_again_succeeds),
-        (any_request_id, conformance.the_same_request_again_succeeds),
+        ("no_predicate", conformance.moves_only_from_the_expected_version),
+        ("no_predicate", conformance.eight_threads_lose_no_update),
+        ("no_incarnation", conformance.a_recreated_session_has_another_life),
+        ("no_request_id", conformance.the_same_request_again_succeeds),
+        ("any_request_id", conformance.the_same_request_again_succeeds),
     ],
 )
 def test_suite_catches_a_changed_rule(
-    mutant: Admit, check: conformance.Check, open_: conformance.Open, monkeypatch: pytest.MonkeyPatch
+    mutant: str, check: conformance.Check, open_: conformance.Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "admit", mutant)
-    with pytest.raises((AssertionError, pytest.fail.Exception, StaleVersion)):
+    rule, *edits = MUTANTS[mutant]
+    script = redis_scripts.PUT
+    for old, new in edits:
+        assert old in script
+        script = script.replace(old, new)
+    monkeypatch.setattr(redis_scripts, "PUT", script)
+    monkeypatch.setattr(ledger, "admit", rule)
+    with pytest.raises((AssertionError, pytest.fail.Exception, StoreError)):
         check(open_)
