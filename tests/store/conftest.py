@@ -1,13 +1,22 @@
 """The servers of the store tests: one PostgreSQL and one Redis per run, a fresh database per test."""
 
 import itertools
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.store import services
 
 _numbers = itertools.count()
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """A folder in memory where there is one: for tests that sync often and are not about the disk."""
+    with tempfile.TemporaryDirectory(prefix="deltamem-", dir=services.FOLDER) as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,8 @@ def check_sessions(store: SQLiteStore) -> None:
 
 
 def test_schema_1_is_migrated(tmp_path: Path) -> None:
-    before = apsw.Connection(str(GOLDEN / "schema1.db"), flags=apsw.SQLITE_OPEN_READONLY)
+    shutil.copy(GOLDEN / "schema1.db", tmp_path / "old.db")  # opening it makes files beside it
+    before = apsw.Connection(str(tmp_path / "old.db"))
     assert before.pragma("user_version") == 1
     before.close()
     store = open_old(tmp_path)
@@ -70,9 +71,7 @@ def test_schema_1_is_migrated(tmp_path: Path) -> None:
     assert [info.version for info in store.history(key)] == [4, 3]
     assert store.expire(1e10, 0.0) == 6
     store.close()
-    assert b"tenant" not in (tmp_path / "s.db").read_bytes().replace(b"tenants", b"").replace(
-        b"tenant TEXT", b""
-    ).replace(b"(tenant, session", b"").replace(b"tenant_", b""), "the migration leaves no copy of a row behind"
+    assert b"request-0-1" not in (tmp_path / "s.db").read_bytes(), "the migration leaves no copy of a row behind"
 
 
 def test_schema_1_is_migrated_and_encrypted(tmp_path: Path) -> None:

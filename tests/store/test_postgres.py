@@ -5,13 +5,14 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
 from deltamem_vllm.errors import ConfigError, StaleVersion, StoreUnavailable
-from deltamem_vllm.store import ledger, protocol
+from deltamem_vllm.store import ledger, postgres, protocol
 from deltamem_vllm.store import postgres_schema as sql
 from deltamem_vllm.store.postgres import PostgresStore
 from deltamem_vllm.store.protocol import Expect, SessionKey
@@ -137,6 +138,38 @@ def test_a_cut_delete_says_what_it_did(postgres_url: str, proxy: Proxy) -> None:
 
 def test_rotation(postgres_url: str) -> None:
     check_rotation(lambda codec: PostgresStore(postgres_url, codec=codec))
+
+
+def move_between(url: str, monkeypatch: pytest.MonkeyPatch) -> PostgresStore:
+    """A store, and a writer who ignores the lock on the tenant and moves the session after the store has read it."""
+    store = PostgresStore(url, retry_seconds=1.0)
+    store.put(record(1), None)
+    moves = [2]
+
+    def plan(*args: Any) -> Any:
+        if moves:
+            with psycopg.connect(url, autocommit=True) as other:
+                other.execute("UPDATE deltamem_sessions SET version = %s, request_id = 'theirs'", (moves.pop(),))
+        return ledger.plan(*args)
+
+    monkeypatch.setattr(postgres, "plan", plan)
+    return store
+
+
+def test_the_update_itself_compares(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = move_between(postgres_url, monkeypatch)
+    with pytest.raises(StaleVersion, match="is at version 2"):
+        store.put(record(2), record(1).expect)
+    store.close()
+
+
+def test_catches_an_update_that_does_not_compare(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PLANTED BUG: the UPDATE has no WHERE version = … AND incarnation = …."""
+    monkeypatch.setattr(
+        sql, "MOVE", sql.MOVE.replace("version = %s AND incarnation = %s", "%s::bigint + length(%s) > 0")
+    )
+    with pytest.raises((pytest.fail.Exception, StoreUnavailable)):
+        test_the_update_itself_compares(postgres_url, monkeypatch)
 
 
 # --- outages ------------------------------------------------------------------------------------------------
@@ -307,11 +340,5 @@ def test_tenants_that_come_and_go_do_not_deadlock(postgres_url: str) -> None:
 
 def test_every_statement_is_used() -> None:
     names = [name for name in vars(sql) if name.isupper()]
-    source = "".join(open(module.__file__ or "").read() for module in (_module(), sql))  # noqa: SIM115, PTH123
+    source = Path(postgres.__file__).read_text()
     assert [name for name in names if f"sql.{name}" not in source] == []
-
-
-def _module() -> Any:
-    from deltamem_vllm.store import postgres
-
-    return postgres
