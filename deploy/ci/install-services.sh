@@ -8,17 +8,16 @@ if [ "$(id -u)" -ne 0 ]; then
     exit 1
 fi
 export DEBIAN_FRONTEND=noninteractive
-# No cluster and no service of the distribution's own: they would hold the ports and the memory of a CI machine.
-mkdir -p /etc/postgresql-common
-[ -e /etc/postgresql-common/createcluster.conf ] || echo "create_main_cluster = false" > /etc/postgresql-common/createcluster.conf
-made_policy=no
-if [ ! -e /usr/sbin/policy-rc.d ]; then
-    printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
-    chmod 0755 /usr/sbin/policy-rc.d
-    made_policy=yes
+# The packages must not start services of their own: they would take memory and ports of a CI machine.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' > "$policy"
+    chmod 0755 "$policy"
 fi
 apt-get update
 apt-get install -y --no-install-recommends postgresql redis-server
-[ "$made_policy" = no ] || rm -f /usr/sbin/policy-rc.d
-ls /usr/lib/postgresql/*/bin/initdb
+for each in /usr/lib/postgresql/*/bin/initdb; do
+    test -x "$each" || { echo "install-services.sh: initdb is missing after the installation" >&2; exit 1; }
+done
 command -v redis-server
