@@ -5,6 +5,7 @@ Hooks are probed by signature, never by version number; a missing one is a clear
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +123,30 @@ def register_connector(name: str, module: str) -> None:
 
     if name not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(name, module, name)
+
+
+def api_key_check(args: Any) -> Callable[[Any], bool] | None:
+    """Whether a request (its ASGI scope) carries one of the server's API keys; None for a server without keys.
+
+    vllm 0.32: ``AuthenticationMiddleware`` guards only some paths, ``/invocations`` not among them; until it does.
+    """
+    from starlette.datastructures import Headers
+    from vllm import envs
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    if not keys:
+        return None
+    authentication = AuthenticationMiddleware(None, keys)  # type: ignore[arg-type]
+    return lambda scope: authentication.verify_token(Headers(scope=scope))
+
+
+def is_beam(request_id: str) -> bool:
+    """Whether an engine call is one step of one beam of a beam search.
+
+    vllm 0.32: ``BeamSearchOnlineMixin.beam_search`` names them so; until an engine call says what it is part of.
+    """
+    return re.search(r"-beam-\d+$", request_id) is not None
 
 
 def cache_dtype(vllm_config: Any) -> Any:

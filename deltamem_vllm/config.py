@@ -23,7 +23,7 @@ PLUGIN = "deltamem"
 CONNECTOR = "DeltaMemConnector"
 CONNECTOR_MODULE = "deltamem_vllm.sessions.connector"
 
-_HEADER = re.compile(r"^[A-Za-z][A-Za-z0-9-]{0,63}$")
+_HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,63}")
 
 
 class Settings(BaseModel):
@@ -54,7 +54,7 @@ class Settings(BaseModel):
     @field_validator("session_header")
     @classmethod
     def _header_name(cls, value: str) -> str:
-        if not _HEADER.match(value):
+        if not _HEADER.fullmatch(value):
             raise ValueError(f"{value!r} is no HTTP header name (letters, digits and '-', at most 64)")
         return value
 

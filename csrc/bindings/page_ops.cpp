@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -77,6 +78,17 @@ float* workspace(const deltamem::Shape& shape) {
   return floats.data();
 }
 
+// Requests by ascending context, those without tokens anywhere. A request that shares a full page with one that writes
+// it in this same step (a prefix-cache hit on it) starts behind the writer's start.
+const int32_t* order_of(const int32_t* query_start_loc, const int32_t* seq_lens, int64_t num_reqs) {
+  static thread_local std::vector<int32_t> order;
+  order.resize(num_reqs);
+  for (int64_t i = 0; i < num_reqs; i++) order[i] = static_cast<int32_t>(i);
+  const auto context = [&](int32_t i) { return seq_lens[i] - (query_start_loc[i + 1] - query_start_loc[i]); };
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return context(a) < context(b); });
+  return order.data();
+}
+
 template <typename T>
 const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.data_ptr()); }
 
@@ -129,7 +141,9 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
   const deltamem::ScanArgs args = {projected.data_ptr(), dtype, data<float>(bias), make_pages(shape, pages, block_size),
                                    data<int32_t>(block_table), block_table.stride(0), data<int32_t>(query_start_loc),
                                    data<int32_t>(seq_lens), data<int32_t>(write_limit),
-                                   static_cast<float*>(reads.data_ptr()), reads.size(0), num_reqs, workspace(shape)};
+                                   static_cast<float*>(reads.data_ptr()), reads.size(0), num_reqs,
+                                   order_of(data<int32_t>(query_start_loc), data<int32_t>(seq_lens), num_reqs),
+                                   workspace(shape)};
   check_requests(args, tokens, pages.size(0), block_table.size(1));
   deltamem::kernels().page_scan(shape, args);
 }

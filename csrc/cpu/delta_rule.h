@@ -56,7 +56,8 @@ struct ScanArgs {
   const int32_t* write_limit;  // by block
   float* reads;                // [num_rows, width]
   int64_t num_rows, num_reqs;
-  float* workspace;  // workspace_floats
+  const int32_t* order;  // [num_reqs] requests by ascending context: whoever writes a shared page runs first
+  float* workspace;      // workspace_floats
 };
 
 struct StateArgs {

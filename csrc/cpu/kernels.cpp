@@ -176,7 +176,8 @@ void page_scan(const Shape& shape, const ScanArgs& args) {
   float *state = args.workspace, *row = state + shape.state_floats(), *q = row + columns;
 
   memset(args.reads, 0, args.num_rows * width * sizeof(float));
-  for (int64_t i = 0; i < args.num_reqs; i++) {
+  for (int64_t next = 0; next < args.num_reqs; next++) {
+    const int64_t i = args.order[next];
     const int64_t stop = args.query_start_loc[i + 1];
     int64_t token = args.query_start_loc[i];
     const int32_t* blocks = args.block_table + i * args.table_stride;

@@ -42,6 +42,10 @@ class PagedOps(Protocol):
     ) -> None:
         """Read, then write, every token of a batch of requests; one layer, one engine step.
 
+        The order of the requests does not matter, not even where they share pages: vLLM lets a request hit the
+        prefix cache on a full block that another one fills in the same step. The hitting request starts
+        behind the filling one, so requests run by ascending context.
+
         Args:
             projected: [T, projected_columns] fp32, bf16 or fp16, contiguous: q̃ | k̃ | v | β̃ | λ̃.
             bias: [bias_columns] fp32.
@@ -104,7 +108,7 @@ def plan_requests(
     num_reqs: int,
 ) -> list[Request]:
     """Check every index a step will use, before the step changes anything; requests without tokens are left
-    out.
+    out, the others sorted by context (see `PagedOps.page_scan`).
     """
     if query_start_loc.shape[0] < num_reqs + 1 or min(seq_lens.shape[0], block_table.shape[0]) < num_reqs:
         raise ValueError(
@@ -132,7 +136,7 @@ def plan_requests(
         blocks = [] if limit < 0 else block_table[i, first_page : last_page + 1].tolist()
         _check_blocks(i, blocks, num_blocks)
         plan.append(Request(start, stop, context, limit, first_page, blocks))
-    return plan
+    return sorted(plan, key=lambda request: request.context)
 
 
 def check_page_scan(

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from deltamem_vllm.compat import api_key_check
 from deltamem_vllm.config import PLUGIN, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.server.gateway import Gateway
@@ -25,7 +26,11 @@ class DeltaMemEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes and, innermost (inside authentication), the middleware."""
         settings = settings_of(app.state.args)
-        app.add_middleware(SessionMiddleware, session_header=settings.session_header if settings else "X-Session-ID")
+        app.add_middleware(
+            SessionMiddleware,
+            session_header=settings.session_header if settings else "X-Session-ID",
+            has_key=api_key_check(app.state.args),
+        )
         app.include_router(make_router())
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:

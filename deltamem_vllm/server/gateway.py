@@ -16,6 +16,7 @@ import numpy as np
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
+from deltamem_vllm.compat import is_beam
 from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError
 from deltamem_vllm.server.scope import TENANT, Scope, check_id, current
 from deltamem_vllm.sessions.control import ControlClient
@@ -73,10 +74,12 @@ class Gateway:
         if not session:
             params.extra_args = extra or None
             return generate(_salted(prompt, "deltamem-none", always=False), params, request_id, **kwargs)  # type: ignore[no-any-return]
+        if scope.stranger:
+            raise SessionError("a session needs the API key: send Authorization: Bearer KEY", status=401)
         tokens = _token_ids(prompt)
         if scope.mode == "readwrite":
             scope.engine_calls += 1
-            if params.n > 1 or scope.engine_calls > 1:
+            if params.n > 1 or scope.engine_calls > 1 or is_beam(request_id):
                 raise SessionError(
                     f"session {session!r}: n > 1, beam search and several prompts in one request leave open which of "
                     "the answers the session is to remember: ask for one, or send X-DeltaMem-Mode: read",

@@ -5,6 +5,7 @@ that is refused on its way to the engine gets its proper status, streaming or no
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from deltamem_vllm.errors import CapacityError, SessionError
@@ -18,7 +19,13 @@ from deltamem_vllm.server.scope import (
     current,
 )
 
-_STATUS_TYPES = {400: "BadRequestError", 404: "NotFoundError", 409: "ConflictError", 422: "UnprocessableEntityError"}
+_STATUS_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    409: "ConflictError",
+    422: "UnprocessableEntityError",
+}
 
 
 def error_body(error: BaseException) -> tuple[int, dict[str, str], bytes]:
@@ -42,17 +49,21 @@ class SessionMiddleware:
     Args:
         app: the application inside.
         session_header: name of the header that vLLM's own code does not know; renamed to ``X-Session-ID`` for it.
+        has_key: whether a request's ASGI scope carries an API key of the server; None if it asks for none.
     """
 
-    def __init__(self, app: Any, session_header: str = "X-Session-ID") -> None:
+    def __init__(
+        self, app: Any, session_header: str = "X-Session-ID", has_key: Callable[[Any], bool] | None = None
+    ) -> None:
         self.app = app
+        self.has_key = has_key
         self.header = session_header.lower().encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        ours = Scope()
+        ours = Scope(stranger=self.has_key is not None and not self.has_key(scope))
         try:
             sessions = [v.decode("latin-1") for k, v in scope["headers"] if k == self.header]
             modes = [v.decode("latin-1") for k, v in scope["headers"] if k == MODE_HEADER.lower().encode()]

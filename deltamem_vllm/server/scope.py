@@ -15,7 +15,7 @@ COMMIT_HEADER = "X-DeltaMem-Commit"
 TENANT = "default"
 """Until tenants come from API keys, there is one."""
 
-_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass
@@ -24,12 +24,14 @@ class Scope:
 
     Attributes:
         mode: from the mode header; readwrite unless it says otherwise.
+        stranger: it came without the API key that the server asks for, by a path that vLLM does not guard.
         engine_calls: how many engine requests it has made with a session it may write.
         outcome: what the session service said of its ticket.
         failure: an error of ours that the response must become, headers and status included.
     """
 
     mode: Mode = "readwrite"
+    stranger: bool = False
     engine_calls: int = 0
     outcome: dict[str, Any] = field(default_factory=dict)
     failure: BaseException | None = None
@@ -44,7 +46,7 @@ def check_id(value: Any, parameter: str) -> str:
     Raises:
         SessionError: 400; names what is allowed.
     """
-    if not isinstance(value, str) or not _ID.match(value):
+    if not isinstance(value, str) or not _ID.fullmatch(value):
         shown = value[:64] if isinstance(value, str) else value
         raise SessionError(
             f"invalid session id {shown!r}: use 1 to 128 of A-Z a-z 0-9 . _ : -", status=400, parameter=parameter

@@ -72,7 +72,11 @@ async def serve(service: "SessionService", address: str) -> None:
     tasks: set[asyncio.Task[None]] = set()
     try:
         while True:
-            sender, number, body = await socket.recv_multipart()
+            frames = await socket.recv_multipart()
+            if len(frames) != 3:
+                logger.warning("the session service was sent %d frames; a question has 3", len(frames))
+                continue
+            sender, number, body = frames
             task = asyncio.ensure_future(_answer(service, socket, sender, number, body))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -144,9 +148,10 @@ class ControlClient:
         self._waiting[number] = answer
         try:
             await self._socket.send_multipart([number, _pack({"do": do, **question})])
-            return raise_error(_unpack(await asyncio.wait_for(answer, timeout)))
-        except asyncio.TimeoutError:
-            raise CapacityError(f"the session service did not answer {do!r} within {timeout:g} s", status=503) from None
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the answer.
+            if not (await asyncio.wait({answer}, timeout=timeout))[0]:
+                raise CapacityError(f"the session service did not answer {do!r} within {timeout:g} s", status=503)
+            return raise_error(_unpack(answer.result()))
         finally:
             self._waiting.pop(number, None)
 

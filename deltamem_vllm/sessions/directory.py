@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 
 from deltamem_vllm.errors import CapacityError
-from deltamem_vllm.store.protocol import Record, SessionKey, new_incarnation
+from deltamem_vllm.store.protocol import Expect, Record, SessionKey, new_incarnation
 
 MAX_SESSIONS = 100_000
 """Sessions known at once, record or not."""
@@ -20,6 +20,9 @@ class Session:
         loaded: whether ``record`` is known (else it must be read from the store).
         incarnation: the record's, or a fresh random one for a session without a record.
         deletions: how often it was deleted here; a commit granted before a deletion is refused.
+        loading: held while the record is read from the store.
+        unsaved: versions that the store could not take yet, oldest first, with what they expect there.
+        storing: held while a commit or a deletion is on its way to the store.
     """
 
     def __init__(self, key: SessionKey) -> None:
@@ -29,13 +32,15 @@ class Session:
         self.incarnation = new_incarnation()
         self.deletions = 0
         self.loading = asyncio.Lock()
+        self.storing = asyncio.Lock()
+        self.unsaved: deque[tuple[Record, Expect | None]] = deque()
         self._owner: str | None = None
         self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
 
     @property
     def idle(self) -> bool:
         """Nobody owns it or waits for it."""
-        return self._owner is None and not self._waiting and not self.loading.locked()
+        return not (self._owner or self._waiting or self.unsaved or self.loading.locked() or self.storing.locked())
 
     @property
     def owner(self) -> str | None:
@@ -66,20 +71,26 @@ class Session:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((ticket, turn))
         try:
-            await asyncio.wait_for(asyncio.shield(turn), seconds)
-        except (asyncio.TimeoutError, asyncio.CancelledError) as e:
-            if self._owner == ticket:  # its turn came while it gave up
-                self.release(ticket)
-            else:
-                self._waiting.remove((ticket, turn))
-            if isinstance(e, asyncio.CancelledError):
-                raise
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the turn.
+            come, _ = await asyncio.wait({turn}, timeout=seconds)
+        except asyncio.CancelledError:
+            self._give_up(ticket, turn)
+            raise
+        if not come:
+            self._give_up(ticket, turn)
             raise CapacityError(
                 f"session {self.key.session!r} stayed busy for {seconds:g} s: retry later, or raise "
                 "--deltamem-queue-seconds",
                 status=409,
                 retry_after=1.0,
-            ) from None
+            )
+
+    def _give_up(self, ticket: str, turn: "asyncio.Future[None]") -> None:
+        """Step out of the line, or hand on the session that came in this moment."""
+        if self._owner == ticket:
+            self.release(ticket)
+        else:
+            self._waiting.remove((ticket, turn))
 
     def release(self, ticket: str) -> None:
         """Give the session to the next in line; does nothing unless ``ticket`` owns it."""
@@ -103,6 +114,7 @@ class Session:
     def erase(self) -> None:
         """The session was deleted: no record, another incarnation."""
         self.record, self.loaded = None, True
+        self.unsaved.clear()
         self.incarnation = new_incarnation()
         self.deletions += 1
 

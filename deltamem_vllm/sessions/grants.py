@@ -15,7 +15,7 @@ EXTRA = "deltamem"
 ZERO = "zero"
 """Digest of the empty memory."""
 
-OutcomeStatus = Literal["committed", "unchanged", "aborted", "conflict", "failed", "unknown"]
+OutcomeStatus = Literal["committed", "unchanged", "aborted", "conflict", "degraded", "failed", "unknown"]
 
 
 @dataclass(frozen=True)

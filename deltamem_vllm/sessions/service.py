@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from deltamem_vllm.errors import CorruptRecord, SessionError, StaleVersion, StoreError
+from deltamem_vllm.errors import SessionError
 from deltamem_vllm.sessions import windows
+from deltamem_vllm.sessions.commits import Commits
 from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore
@@ -81,6 +81,7 @@ class SessionService:
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
         self.store: StateStore = open_store(store_url)
         self.writer = CommitWriter(self.store)
+        self.commits = Commits(self.writer, layout=layout, adapter=adapter, model=model, state_shape=state_shape)
         self.directory = Directory(RECORD_BUDGET)
         self.erased_states: list[str] = []
         self._tickets: dict[str, Ticket] = {}
@@ -129,13 +130,20 @@ class SessionService:
         assert self._serve is not None
         server = asyncio.ensure_future(self._serve(self))
         await asyncio.sleep(0)
+        if server.done():  # its socket could not be bound: `start` must not say that all is well
+            server.result()
         self._started.set()
+        trying = asyncio.ensure_future(self.commits.keep_trying())
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({server, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if server.done():
             server.result()
         while self._tasks:  # commits under way
             await asyncio.wait(self._tasks, timeout=5.0)
+        trying.cancel()
+        await self.commits.save_waiting()
+        if self.commits.unsaved:
+            logger.error("%d version(s) never reached the store and are lost", self.commits.unsaved)
         server.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await server
@@ -189,6 +197,7 @@ class SessionService:
     async def _grant(
         self, session: Session, ticket: str, mode: windows.Mode, tokens: np.ndarray, salt: str | None, held: bool
     ) -> dict[str, Any]:
+        self.commits.check_room(session)
         record = await self._record(session)
         window = windows.unpack(record.window) if record is not None else None
         plan = windows.plan(window, tokens)  # type: ignore[arg-type]
@@ -269,7 +278,9 @@ class SessionService:
 
     async def info(self, key: SessionKey) -> dict[str, Any] | None:
         """What is known of a session, or None where it has no record."""
-        record = await self._record(self.directory.get(key))
+        session = self.directory.get(key)
+        self.directory.trim()
+        record = await self._record(session)
         if record is None:
             return None
         window = windows.unpack(record.window)
@@ -282,13 +293,15 @@ class SessionService:
             "window_tokens": window.end.count if window is not None else 0,
             "state_bytes": record.end.nbytes,
             "adapter": record.adapter,
-            "busy": self.directory.get(key).owner is not None,
+            "busy": session.owner is not None,
+            "durable": not session.unsaved,
         }
 
     async def delete(self, key: SessionKey) -> bool:
         """Erase a session everywhere. A request that runs meanwhile finishes and commits nothing."""
         session = self.directory.get(key)
-        async with session.loading:
+        self.directory.trim()
+        async with session.storing, session.loading:
             existed = await self._loop.run_in_executor(self._loaders, self.store.delete, key)
             if session.record is not None:
                 self.erased_states += [state_digest(session.record.base), state_digest(session.record.end)]
@@ -332,52 +345,9 @@ class SessionService:
         entry = self._tickets.get(ticket)
         if entry is None:
             return
-        grant, session = entry.grant, self.directory.get(entry.grant.key)
-        try:
-            if session.deletions != entry.deletions:
-                raise StaleVersion(f"session {grant.key.session!r} was deleted while the request ran")
-            record = self._next_record(grant, session.record, tokens_fed, state)
-            await asyncio.wrap_future(self.writer.submit(record, grant.expect))
-            if session.deletions == entry.deletions:
-                session.set_record(record)
-            result = {"status": "committed", "version": record.version, "error": ""}
-        except StaleVersion as e:
-            session.forget()
-            result = {"status": "conflict", "error": str(e)}
-        except StoreError as e:
-            session.forget()
-            logger.error("session memory was not saved: %s", e)
-            result = {"status": "failed", "error": str(e)}
-        except Exception as e:
-            session.forget()
-            logger.exception("a commit failed")
-            result = {"status": "failed", "error": f"{type(e).__name__}: {e}"}
+        session = self.directory.get(entry.grant.key)
+        result = await self.commits.commit(session, entry.grant, entry.deletions, tokens_fed, state)
         self._settle(ticket, result)
-
-    def _next_record(self, grant: Grant, last: Record | None, tokens_fed: list[int], state: np.ndarray) -> Record:
-        if not np.isfinite(state).all():
-            raise CorruptRecord("the state after this request is not finite; it was not saved")
-        now = time.time()
-        base = grant.base if grant.base is not None else np.zeros(self.state_shape, np.float32)
-        before = last.tokens if last else 0
-        if last and grant.plan.kind != "new":  # the window is written again from its base
-            before -= _window_tokens(last)
-        return Record(
-            key=grant.key,
-            version=(grant.expect.version if grant.expect else 0) + 1,
-            incarnation=grant.incarnation,
-            request_id=grant.ticket,
-            adapter=self.adapter,
-            model=self.model,
-            layout=self.layout,
-            base=base,
-            end=state,
-            window=windows.pack(windows.advance(grant.plan, tokens_fed, grant.prompt_tokens)),
-            created_at=last.created_at if last else now,
-            updated_at=now,
-            tokens=before + len(tokens_fed),
-            windows=(last.windows if last else 0) + (grant.plan.kind == "new"),
-        )
 
     def _settle(self, ticket: str, result: dict[str, Any]) -> None:
         """Make an outcome known and free the session."""
@@ -401,8 +371,3 @@ class SessionService:
                 return
             entry.claimed = True
         self._settle(ticket, {"status": "aborted", "error": why})
-
-
-def _window_tokens(record: Record) -> int:
-    window = windows.unpack(record.window)
-    return window.end.count if window is not None else 0

@@ -158,6 +158,10 @@ class Link:
         if self._secret:
             text = text.replace(self._secret, "***")
         remedy = next(remedy for kinds, remedy in _REMEDIES if isinstance(error, kinds))
+        if _login_refused(error):
+            remedy = (
+                "the server refused the login. Check user, database, pg_hba.conf, and PGPASSWORD or the pgpass file"
+            )
         return StoreUnavailable(f"cannot {what} {self.where}: {remedy} ({type(error).__name__}: {text})")
 
 
@@ -167,12 +171,16 @@ _REMEDIES: tuple[tuple[Any, str], ...] = (
     (errors.ReadOnlySqlTransaction, "the server is read-only; it may be a standby. Connect to the primary"),
     (errors.DiskFull, "the server's disk is full; nothing was changed. Free space"),
     (errors.InsufficientPrivilege, "the role has no right to it. Grant it on the deltamem_ tables and the schema"),
-    (errors.InvalidPassword, "the server refused the password. Give the right one by PGPASSWORD or a pgpass file"),
-    (errors.InvalidAuthorizationSpecification, "the server refused the role. Check user and pg_hba.conf"),
     (errors.TooManyConnections, "the server has no connection left. Raise max_connections"),
     (psycopg.OperationalError, "the server cannot be reached. To learn whether a commit was applied, send it again"),
     (Exception, "the server refused it"),
 )
+
+
+def _login_refused(error: Exception) -> bool:
+    """Whether the server answered and said no. libpq gives no error code for that, only the server's words."""
+    said = str(error)
+    return any(words in said for words in ("authentication failed", "no password supplied", "does not exist", "pg_hba"))
 
 
 def _worth_another_try(error: Exception) -> bool:
@@ -180,7 +188,7 @@ def _worth_another_try(error: Exception) -> bool:
     collided."""
     if isinstance(error, Moved | errors.SerializationFailure | errors.DeadlockDetected):
         return True
-    if not isinstance(error, psycopg.OperationalError):
+    if not isinstance(error, psycopg.OperationalError) or _login_refused(error):
         return False
     state = error.sqlstate
     return state is None or state[:2] == "08" or state in ("57P01", "57P02", "57P03", "57P05", "25P03")

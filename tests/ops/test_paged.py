@@ -117,6 +117,22 @@ def test_permuted_batch_gives_the_same_bits(ops: PagedOps, shape: MemoryShape) -
 
 
 @few_shapes
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_pages_filled_and_hit_in_the_same_step(ops: PagedOps, shape: MemoryShape, order: list[int]) -> None:
+    """Three requests with one prompt, in any order: the second hits a block that the first one fills in this step, the
+    third one that the second fills."""
+    projected, bias, state = random_inputs(shape, 50)
+    world = World(shape)
+    world.seed(1, state)
+    requests = [(projected[:20], 0, [1, 2]), (projected[16:40], 16, [1, 3, 4]), (projected[32:], 32, [1, 3, 5, 6])]
+    reads = world.scan(ops, bias, [requests[i] for i in order])
+    parts = dict(zip(order, reads.split([len(requests[i][0]) for i in order]), strict=True))
+    expected = truth(shape, projected, bias, state)[0]
+    for i, (own, context, _) in enumerate(requests):
+        close(parts[i], expected[context : context + len(own)], KERNEL_READS)
+
+
+@few_shapes
 def test_nothing_else_is_touched(ops: PagedOps, shape: MemoryShape) -> None:
     projected, bias, state = random_inputs(shape, 20)
     world = World(shape)

@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+try:
+    import psycopg
+    import redis  # noqa: F401
+except ImportError as error:  # a skipped test would hide a broken store
+    raise pytest.UsageError(f"the store tests need {error.name}: pip install 'deltamem-vllm[test]'") from None
+
 from tests.store import services
 
 _numbers = itertools.count()
@@ -29,8 +35,6 @@ def postgres_server() -> Iterator[services.Server]:
 @pytest.fixture
 def postgres_url(postgres_server: services.Server) -> Iterator[str]:
     """A fresh database."""
-    import psycopg
-
     name = f"test_{next(_numbers)}"
     admin = f"postgresql://test@127.0.0.1:{postgres_server.port}/postgres"
     with psycopg.connect(admin, autocommit=True) as connection:

@@ -270,6 +270,14 @@ def test_a_role_without_rights_is_named(postgres_url: str) -> None:
     store.close()
 
 
+def test_a_refused_login_is_named_at_once(postgres_url: str) -> None:
+    start = time.monotonic()
+    for url in (postgres_url.replace("test@", "stranger:hunter2@"), postgres_url + "_not_there"):
+        with pytest.raises(StoreUnavailable, match=r"refused the login.*does not exist"):
+            PostgresStore(url)
+    assert time.monotonic() - start < 2, "there is no use in trying again"
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -1,0 +1,50 @@
+# `make` lists the targets. Each one first makes the environment it needs (deploy/cpu/install.sh; a few minutes once).
+VENV ?= .venv
+PY = $(VENV)/bin/python
+PYTEST_ARGS ?=
+
+# One thread per process unless the caller says otherwise: the tests and the demo run models of well under 1 M
+# parameters, where more threads only wait for each other.
+export OMP_NUM_THREADS ?= 1
+export PYTHONUNBUFFERED = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo serve test nightly lint bench clean
+
+help:
+	@echo 'make demo     a conversation with and without memory, through kill -9, restart and deletion'
+	@echo 'make serve    leave a server with the bundled model running on http://127.0.0.1:8000 (PORT=N for another)'
+	@echo 'make test     all tests (PYTEST_ARGS="tests/ops -k paged" for some)'
+	@echo 'make nightly  all tests with their campaigns at full size'
+	@echo 'make lint     ruff and mypy'
+	@echo 'make bench    speed of the delta-rule operators and of durable commits on this machine'
+	@echo 'make venv     only the environment ($(VENV); VENV=DIR for another)'
+	@echo 'make clean    remove the environment and everything that was built'
+
+venv:
+	@deploy/cpu/install.sh $(VENV)
+
+demo: venv
+	@exec $(PY) -m deltamem_vllm.demo
+
+PORT ?= 8000
+serve: venv
+	@exec $(PY) -m deltamem_vllm.demo serve --port $(PORT)
+
+test: venv
+	@exec $(PY) -m pytest $(PYTEST_ARGS)
+
+nightly: venv
+	@exec env DELTAMEM_NIGHTLY=1 $(PY) -m pytest --timeout 7200 $(PYTEST_ARGS)
+
+lint: venv
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+bench: venv
+	@exec $(PY) -m loadtests
+
+clean:
+	rm -rf $(VENV) .venv-ci build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find deltamem_vllm tests -name __pycache__ -type d -prune -exec rm -rf {} +

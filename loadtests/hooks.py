@@ -1,0 +1,125 @@
+"""What our hooks cost the engine's scheduling thread, per step and per request, with many sessions running.
+
+    python -m loadtests.hooks [--running 64] [--steps 5000]
+
+Real `SchedulerSide` and `SessionService` (memory store); vLLM's scheduler output is imitated, since its own cost is
+not what is measured.
+"""
+
+import argparse
+import secrets
+import statistics
+import tempfile
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from vllm.v1.request import RequestStatus
+
+from deltamem_vllm.sessions.control import BlockingControlClient, serve
+from deltamem_vllm.sessions.grants import EXTRA
+from deltamem_vllm.sessions.scheduler import SchedulerSide
+from deltamem_vllm.sessions.service import SessionService
+from deltamem_vllm.sessions.steps import Answer
+
+SHAPE = (36, 1, 8, 8)
+PROMPT = 1024
+BLOCK = 16
+
+
+def output(new: list[Any], running: list[str]) -> Any:
+    """As much of a scheduler output as a connector looks at."""
+    cached = SimpleNamespace(req_ids=running, resumed_req_ids=set(), new_block_ids=[], num_computed_tokens=[])
+    return SimpleNamespace(scheduled_new_reqs=new, scheduled_cached_reqs=cached)
+
+
+class Engine:
+    """The scheduling thread's view of one engine."""
+
+    def __init__(self, folder: str) -> None:
+        address = f"ipc://{folder}/engine"
+        self.service = SessionService(
+            store_url="memory://", layout="L36H1r8", adapter="a", model="m", state_shape=SHAPE, queue_depth=8,
+            queue_seconds=30.0,
+        )  # fmt: skip
+        self.service.start(lambda service: serve(service, address))
+        self.side = SchedulerSide(self.service, 0, BLOCK, SHAPE, slots=1024)
+        self.client = BlockingControlClient(address)
+        self.spent: dict[str, list[float]] = {
+            "arrive": [],
+            "first step": [],
+            "decode step": [],
+            "finish": [],
+            "state": [],
+        }
+
+    def timed(self, what: str, work: Any, *args: Any) -> Any:
+        """Run a hook and note its microseconds."""
+        start = time.perf_counter()
+        result = work(*args)
+        self.spent[what].append((time.perf_counter() - start) * 1e6)
+        return result
+
+    def begin(self, session: int) -> Any:
+        """A turn is admitted, arrives and is scheduled for the first time."""
+        ticket, tokens = secrets.token_hex(16), np.random.default_rng().integers(0, 1000, PROMPT, dtype=np.int32)
+        self.client.ask(
+            "admit", ticket=ticket, tenant="t", session=f"s{session}", mode="readwrite", tokens=tokens.tobytes(),
+            salt=None, held=False,
+        )  # fmt: skip
+        ids = [*tokens.tolist(), 1, 2]
+        request = SimpleNamespace(
+            request_id=ticket, sampling_params=SimpleNamespace(extra_args={EXTRA: {"ticket": ticket}}),
+            all_token_ids=ids,
+            num_tokens=len(ids), status=RequestStatus.FINISHED_STOPPED,
+        )  # fmt: skip
+        self.timed("arrive", self.side.arrive, request)
+        new = SimpleNamespace(req_id=ticket, block_ids=([session],), num_computed_tokens=0)
+        self.timed("first step", self.side.plan_step, output([new], []))
+        return request
+
+    def end(self, request: Any) -> None:
+        """The turn ends; its state comes back from the worker; the commit becomes durable."""
+        self.timed("finish", self.side.finish, request, list(range(-(-request.num_tokens // BLOCK))))
+        self.side.plan_step(output([], []))
+        state = np.random.default_rng().normal(size=SHAPE).astype(np.float32)
+        answer = Answer({request.request_id: [(tuple(range(SHAPE[0])), state.tobytes())]})
+        self.timed("state", self.side.receive, answer)
+        result = self.client.ask("outcome", ticket=request.request_id)
+        if result["status"] != "committed":
+            raise SystemExit(f"a commit failed, nothing is reported: {result}")
+
+
+def main() -> None:
+    """Start sessions, step, end them; print microseconds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--running", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=5000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine(folder)
+        for _ in range(4):
+            requests = [engine.begin(session) for session in range(args.running)]
+            running = output([], [r.request_id for r in requests])
+            for _ in range(args.steps // 4):
+                engine.timed("decode step", engine.side.plan_step, running)
+            for request in requests:
+                engine.end(request)
+        engine.client.close()
+        engine.service.close()
+    table = Table("hook", "times", "p50 µs", "p99 µs")
+    for what, values in engine.spent.items():
+        p99 = statistics.quantiles(values, n=100)[98]
+        table.add_row(what, str(len(values)), f"{statistics.median(values):.1f}", f"{p99:.1f}")
+    console = Console()
+    console.print(
+        f"{args.running} sessions running, prompts of {PROMPT} tokens, states of {int(np.prod(SHAPE)) * 4} bytes"
+    )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The engine's side of the pipe: starts a `SessionLLM` (or a bare ``vllm.LLM``) and does what it is asked."""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tests.engine.asking import Ask, Reply, Top
+from tests.engine.engine import Setup
+from tests.engine.inside import compiled_graphs
+
+TOP = 20
+
+
+class Served:
+    """Answers calls by their name."""
+
+    session_llm: Any = None
+    llm: Any = None
+
+    def start(self, setup: Setup, options: Mapping[str, Any], store: str) -> None:
+        """Start the engine."""
+        if setup.adapter is None:
+            from vllm import LLM
+
+            self.llm = LLM(str(setup.model), **options)
+            return
+        from deltamem_vllm.offline import SessionLLM
+
+        self.session_llm = SessionLLM(
+            str(setup.model), adapter=str(setup.adapter), store=store, session_slots=setup.slots, **options
+        )
+        self.llm = self.session_llm.llm
+
+    def run(self, asks: Sequence[Ask]) -> list[Reply]:
+        """Run a batch."""
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                max_tokens=ask.n,
+                temperature=0.0,
+                ignore_eos=True,
+                logprobs=TOP,
+                prompt_logprobs=TOP if ask.prompt_logprobs else None,
+                detokenize=False,
+            )
+            for ask in asks
+        ]
+        if self.session_llm is None:
+            prompts = [{"prompt_token_ids": list(ask.ids)} for ask in asks]
+            return [_reply(output, {}) for output in self.llm.generate(prompts, params, use_tqdm=False)]
+        from deltamem_vllm.offline import Turn
+
+        turns = [Turn(ask.ids, ask.session, ask.mode, p) for ask, p in zip(asks, params, strict=True)]
+        return [_reply(answer.output, answer.outcome) for answer in self.session_llm.run(turns)]
+
+    def info(self, session: str) -> Any:
+        """`SessionLLM.info`."""
+        return self.session_llm.info(session)
+
+    def delete(self, session: str) -> bool:
+        """`SessionLLM.delete`."""
+        return bool(self.session_llm.delete(session))
+
+    def metric(self, name: str) -> float:
+        """Sum of a counter over all labels."""
+        return float(sum(m.value for m in self.llm.get_metrics() if m.name == name))
+
+    def setting(self, path: str) -> Any:
+        """See `Engine.setting`."""
+        return operator.attrgetter(path)(self.llm.llm_engine.vllm_config)
+
+    def imported(self, module: str) -> bool:
+        """See `Engine.imported`."""
+        return module in sys.modules
+
+    def compiled_graphs(self) -> int:
+        """See `Engine.compiled_graphs`."""
+        return int(self.llm.collective_rpc(compiled_graphs)[0])
+
+    def stop(self) -> None:
+        """Shut the engine down."""
+        if self.session_llm is not None:
+            self.session_llm.close()
+        elif self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+
+
+def _reply(output: Any, outcome: dict[str, Any]) -> Reply:
+    made = output.outputs[0]
+    return Reply(
+        tokens=list(made.token_ids),
+        logprobs=[_top(p) for p in made.logprobs or ()],
+        prompt=[None if p is None else _top(p) for p in output.prompt_logprobs or ()],
+        cached=output.num_cached_tokens or 0,
+        outcome=outcome,
+    )
+
+
+def _top(position: Mapping[int, Any]) -> Top:
+    return {int(token): float(value.logprob) for token, value in position.items()}
+
+
+def main() -> None:
+    """Answer until the other side closes the pipe."""
+    number = int(sys.argv[1])
+    os.set_inheritable(number, False)
+    pipe = Connection(number)
+    served = Served()
+    try:
+        while True:
+            name, args = pipe.recv()
+            try:
+                answer = (True, getattr(served, name)(*args))
+            except Exception as e:
+                traceback.print_exc()
+                answer = (False, f"{type(e).__name__}: {e}")
+            sys.stderr.flush()
+            pipe.send(answer)
+    except (EOFError, OSError):
+        served.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""However vLLM is configured, answers and memories stay the official code's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.engine.engine import Engine
+from tests.engine.official import Case, case
+from tests.engine.runs import RUNS
+from tests.engine.setups import OPTIONS, setup
+
+EXPECTED = "qwen3_tsw_r8"
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def configured(request: pytest.FixtureRequest) -> Iterator[tuple[str, Engine, Case]]:
+    expected = case(EXPECTED)
+    with Engine(setup(request.param, expected), request.param) as engine:
+        yield request.param, engine, expected
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_answers_and_memory_stay_the_same(configured: tuple[str, Engine, Case], run: str) -> None:
+    _, engine, expected = configured
+    RUNS[run](engine, expected, prompt=False)
+
+
+def test_the_configuration_was_at_work(configured: tuple[str, Engine, Case]) -> None:
+    name, engine, _ = configured
+    match name:
+        case "uncached":
+            assert engine.metric("vllm:prefix_cache_hits") == 0
+        case "ngram":
+            assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
+            assert engine.metric("vllm:spec_decode_num_drafts") > 0
+        case "compiled":
+            assert engine.compiled_graphs() > 0
+        case "v2_async":
+            assert engine.setting("scheduler_config.async_scheduling")
+            assert engine.setting("use_v2_model_runner")
+            assert "using the V1 model runner" not in engine.log
+        case "pp2":
+            assert engine.setting("parallel_config.pipeline_parallel_size") == 2
+        case "tp2":
+            assert engine.setting("parallel_config.tensor_parallel_size") == 2
+    if name != "uncached":
+        assert engine.metric("vllm:prefix_cache_hits") > 0

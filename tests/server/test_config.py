@@ -1,0 +1,113 @@
+"""Settings: flags over environment over defaults, and errors that say what to do."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deltamem_vllm.config import CONNECTOR, PLUGIN, Settings, resolve, settings_of
+from deltamem_vllm.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("DELTAMEM_")]:
+        monkeypatch.delenv(name)
+
+
+def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    settings = resolve({"adapter": "/some/adapter"})
+    assert settings.model_dump() == {
+        "adapter": "/some/adapter",
+        "store": f"sqlite:///{tmp_path}/deltamem/sessions.db",
+        "session_slots": 1024,
+        "session_header": "X-Session-ID",
+        "queue_depth": 8,
+        "queue_seconds": 30.0,
+        "kernel": "auto",
+        "control": "",
+    }
+
+
+def test_a_flag_beats_the_environment_and_the_environment_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAMEM_ADAPTER", "/from/environment")
+    monkeypatch.setenv("DELTAMEM_QUEUE_DEPTH", "3")
+    monkeypatch.setenv("DELTAMEM_SESSION_SLOTS", "17")
+    monkeypatch.setenv("DELTAMEM_STORE", "memory://")
+    settings = resolve({"queue_depth": 5, "session_slots": None})
+    assert (settings.adapter, settings.queue_depth, settings.session_slots) == ("/from/environment", 5, 17)
+    assert settings.store == "memory://"
+    assert resolve({"adapter": "/from/flag"}).adapter == "/from/flag"
+
+
+def test_zero_is_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAMEM_QUEUE_DEPTH", "3")
+    assert resolve({"adapter": "a", "store": "memory://", "queue_depth": 0}).queue_depth == 0
+
+
+def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert resolve({"adapter": "here", "store": "memory://"}).adapter == str(tmp_path / "here")
+    assert resolve({"adapter": "~/there", "store": "memory://"}).adapter == "/home/somebody/there"
+
+
+@pytest.mark.parametrize("given", [{}, {"adapter": ""}, {"adapter": None}])
+def test_no_adapter(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"--deltamem-adapter DIR \(or set DELTAMEM_ADAPTER\)"):
+        resolve(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("session_slots", 0, "--deltamem-session-slots: .*greater than or equal to 1.*given: 0"),
+        ("session_slots", "many", "--deltamem-session-slots: .*integer.*given: 'many'"),
+        ("session_slots", 1 << 21, "--deltamem-session-slots"),
+        ("queue_depth", -1, "--deltamem-queue-depth: .*given: -1"),
+        ("queue_seconds", 0, "--deltamem-queue-seconds: .*greater than 0"),
+        ("queue_seconds", "nan", "--deltamem-queue-seconds"),
+        ("kernel", "fast", "--deltamem-kernel: .*'auto', 'native' or 'torch'.*given: 'fast'"),
+        ("session_header", "", "--deltamem-session-header"),
+        ("session_header", "X Session", "--deltamem-session-header: .*no HTTP header name"),
+        ("session_header", "X-Session-ID\n", "--deltamem-session-header"),
+        ("session_header", "X-Sitzung-ü", "--deltamem-session-header"),
+        ("session_header", "x" * 65, "--deltamem-session-header"),
+    ],
+)
+def test_a_wrong_value_names_the_flag_and_the_value(
+    name: str, value: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        resolve({"adapter": "a", "store": "memory://", name: value})
+    monkeypatch.setenv(f"DELTAMEM_{name.upper()}", str(value))
+    with pytest.raises(ConfigError, match=f"--deltamem-{name.replace('_', '-')}"):
+        resolve({"adapter": "a", "store": "memory://"})
+
+
+def test_settings_are_frozen() -> None:
+    settings = resolve({"adapter": "a", "store": "memory://"})
+    with pytest.raises(ValueError, match="frozen"):
+        settings.queue_depth = 1  # type: ignore[misc]
+
+
+def test_settings_travel_in_the_connectors_config() -> None:
+    settings = resolve({"adapter": "a", "store": "memory://", "queue_depth": 4})
+    ours = {"kv_connector": CONNECTOR, "kv_connector_extra_config": {PLUGIN: settings.model_dump()}}
+    assert settings_of(SimpleNamespace(kv_transfer_config=SimpleNamespace(**ours))) == settings
+    theirs = {"kv_connector": "ExampleConnector", "kv_connector_extra_config": {"x": 1}}
+    multi = SimpleNamespace(
+        kv_connector="MultiConnector", kv_connector_extra_config={"connectors": [theirs, {"kv_role": "kv_both"}, ours]}
+    )
+    assert settings_of(SimpleNamespace(kv_transfer_config=multi)) == settings
+    assert settings_of(SimpleNamespace(kv_transfer_config=SimpleNamespace(**theirs))) is None
+    assert settings_of(SimpleNamespace(kv_transfer_config=None)) is None
+    assert settings_of(SimpleNamespace()) is None
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="extra"):
+        Settings(adapter="a", store="memory://", colour="blue")  # type: ignore[call-arg]
