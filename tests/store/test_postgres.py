@@ -16,7 +16,7 @@ from deltamem_vllm.store import ledger, postgres, protocol
 from deltamem_vllm.store import postgres_schema as sql
 from deltamem_vllm.store.postgres import PostgresStore
 from deltamem_vllm.store.protocol import Expect, SessionKey
-from tests.store import conformance
+from tests.store import conformance, services
 from tests.store.records import INCARNATION, KEY, record
 from tests.store.services import Proxy, Server
 from tests.store.test_crypto import check_rotation
@@ -200,6 +200,35 @@ def test_an_outage_that_is_short_is_not_noticed(postgres_url: str, proxy: Proxy)
     threading.Timer(0.4, lambda: setattr(proxy, "down", False)).start()
     store.put(record(2), record(1).expect)
     store.close()
+
+
+def test_crashed_servers_lose_no_acknowledged_commit() -> None:
+    """An immediate shutdown, which recovers from the log as after a crash; the server's own default is not to wait
+    for the log."""
+    with services.postgres() as server:
+        store = PostgresStore(f"postgresql://test@127.0.0.1:{server.port}/postgres", retry_seconds=10)
+        for turn in range(4):
+            keys = [SessionKey(f"t{turn}", f"{index}") for index in range(20)]
+            assert store.put_many([(record(1, key), None) for key in keys]) == [None] * 20
+            server.stop(3)
+            server.start()
+            for each in range(turn + 1):
+                assert store.usage(f"t{each}").sessions == 20
+                key = SessionKey(f"t{each}", "7")
+                assert conformance.same(store.get(key), record(1, key))
+        store.close()
+
+
+def test_catches_commits_that_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PLANTED BUG: COMMIT does not wait for the log, as the server's default says."""
+    real = psycopg.Connection.execute
+
+    def careless(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        return real(self, "SELECT 1" if query == "SET LOCAL synchronous_commit = on" else query, *args, **kwargs)
+
+    monkeypatch.setattr(psycopg.Connection, "execute", careless)
+    with pytest.raises(AssertionError):
+        test_crashed_servers_lose_no_acknowledged_commit()
 
 
 def test_a_lock_that_is_held_is_reported(postgres_url: str) -> None:
