@@ -24,7 +24,7 @@ from tests.store.committer import version_of
 from tests.store.records import INCARNATION
 
 NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
-STRIDE = 1 if NIGHTLY else 5
+STRIDE = 1 if NIGHTLY else 8
 SESSIONS = 4
 FAULTS = ("eio", "short", "full")
 

@@ -21,7 +21,7 @@ from tests.store.services import Proxy, Server
 from tests.store.test_crypto import check_rotation
 
 NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
-CUTS = 2000 if NIGHTLY else 150
+CUTS = 2000 if NIGHTLY else 80
 
 Place = tuple[str, str]
 
