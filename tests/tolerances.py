@@ -3,7 +3,7 @@
 A value is the largest absolute difference allowed.
 """
 
-#: log-probabilities of one server, the same memory reached in two ways. Measured: TODO.
+#: log-probabilities of one server, the same memory reached in two ways. Measured: 0 (the same bits).
 SAME_MEMORY = 1e-4
 #: reads of O(1), fp32 kernel against the fp64 reference over 50 tokens. Measured: 1.2e-6.
 KERNEL_READS = 5e-6

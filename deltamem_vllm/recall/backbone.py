@@ -7,8 +7,10 @@ window only and positions restart in each, while the δ-mem states run on throug
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .memory import Memories
+
+if TYPE_CHECKING:
+    from transformers import Qwen3Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,7 @@ class Size:
     theta: float = 10000.0
 
 
-def hf_config(size: Size, *, eos: int, pad: int):
+def hf_config(size: Size, *, eos: int, pad: int) -> Qwen3Config:
     """The same dimensions as a ``Qwen3Config``."""
     from transformers import Qwen3Config
 
@@ -84,7 +89,9 @@ class Attention(nn.Module):
         self.q_norm = Norm(size.head_dim, size.eps)
         self.k_norm = Norm(size.head_dim, size.eps)
 
-    def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, delta) -> Tensor:
+    def forward(
+        self, h: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, delta: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """h: [B, T, D]; mask: [B, 1, T, T] additive; delta: (δq [B, T, Q], δo [B, T, D]) or None."""
         rows, length, _ = h.shape
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
@@ -96,9 +103,8 @@ class Attention(nn.Module):
         v = v.view(shape).transpose(1, 2)
         group = self.size.heads // self.size.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out = out.transpose(1, 2).reshape(rows, length, -1)
-        out = self.o_proj(out)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
         return out if delta is None else out + delta[1]
 
 
@@ -112,7 +118,8 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(size.inner, size.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
@@ -158,7 +165,7 @@ class Backbone(nn.Module):
         """Read config.json and model.safetensors as saved by Hugging Face."""
         from transformers import Qwen3Config
 
-        c = Qwen3Config.from_pretrained(folder)
+        c: Any = Qwen3Config.from_pretrained(folder)
         size = Size(
             vocab=c.vocab_size,
             hidden=c.hidden_size,
@@ -201,7 +208,7 @@ class Backbone(nn.Module):
         rope = _rope(positions, self.size)
         x = self.model.embed_tokens(ids)
         after = []
-        for i, layer in enumerate(self.model.layers):
+        for i, layer in enumerate(cast("Iterable[Layer]", self.model.layers)):
             h = layer.input_layernorm(x)
             delta = None
             if memories is not None:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,13 @@ from . import ADAPTER_DIR, MODEL_DIR
 from .backbone import Backbone
 from .data import Shape
 from .memory import RANK, Memories
-from .sessions import Request, Session, heldout_sessions, is_right
+from .sessions import SESSION_SHAPE, Request, Session, heldout_sessions, is_right
 from .tokenizer import END, PAD, build
 
 MAX_REPLY = 8
+
+Score = Counter[tuple[str, bool]]
+"""Replies by kind of turn and whether they were right."""
 
 
 class Runner:
@@ -27,11 +31,16 @@ class Runner:
     def __init__(self, model: Backbone, memories: Memories | None) -> None:
         self.model, self.memories = model, memories
         self.tokenizer = build()
-        self.end, self.pad = self.tokenizer.convert_tokens_to_ids([END, PAD])
+        self.end, self.pad = (self.tokenizer.get_vocab()[token] for token in (END, PAD))
 
     def empty(self, users: int) -> Tensor:
         """Zero states [L, B, R, R]."""
         return torch.zeros(self.model.size.layers, users, RANK, RANK)
+
+    def _prompt(self, request: Request) -> list[int]:
+        rendered: Any = self.tokenizer.apply_chat_template(request.messages, add_generation_prompt=True)
+        ids: list[int] = rendered["input_ids"]
+        return ids
 
     @torch.no_grad()
     def reply(self, requests: Sequence[Request | None], states: Tensor) -> tuple[list[str], Tensor]:
@@ -39,12 +48,7 @@ class Runner:
 
         The reply's tokens are fed and written, its closing ``<|im_end|>`` is not.
         """
-        streams = [
-            []
-            if r is None
-            else self.tokenizer.apply_chat_template(r.messages, add_generation_prompt=True)["input_ids"]
-            for r in requests
-        ]
+        streams = [[] if r is None else self._prompt(r) for r in requests]
         replies: list[list[int]] = [[] for _ in requests]
         open_rows = {i for i, stream in enumerate(streams) if stream}
         while True:
@@ -62,10 +66,10 @@ class Runner:
                 else:
                     replies[i].append(picked[i])
             if not open_rows:
-                texts = [self.tokenizer.decode(r, skip_special_tokens=True) for r in replies]
+                texts = [str(self.tokenizer.decode(r, skip_special_tokens=True)) for r in replies]
                 return texts, states if after is None else after
 
-    def run(self, scripts: Sequence[list[Request]], states: Tensor, score: Counter | None) -> Tensor:
+    def run(self, scripts: Sequence[list[Request]], states: Tensor, score: Score | None) -> Tensor:
         """Each user's requests one after another; counts right replies per kind into ``score``."""
         for turn in range(max(map(len, scripts))):
             requests = [s[turn] if turn < len(s) else None for s in scripts]
@@ -76,7 +80,7 @@ class Runner:
         return states
 
 
-def _shares(score: Counter) -> dict[str, float]:
+def _shares(score: Score) -> dict[str, float]:
     kinds = sorted({kind for kind, _ in score})
     return {k: round(score[k, True] / (score[k, True] + score[k, False]), 4) for k in kinds}
 
@@ -91,7 +95,7 @@ def evaluate(
     resent: own memory and the whole conversation in each prompt (first ``resent`` sessions).
     """
     runner, users = Runner(model, memories), len(sessions)
-    scores = {name: Counter() for name in ("right", "empty", "other", "in_prompt", "resent")}
+    scores: dict[str, Score] = {name: Counter() for name in ("right", "empty", "other", "in_prompt", "resent")}
     runner.run([s.turns() for s in sessions], runner.empty(users), scores["right"])
     asked = [s.turns(ask_only=True) for s in sessions]
     questions = [[r] for requests in asked for r in requests]
@@ -120,13 +124,9 @@ def main() -> None:
     args = parser.parse_args()
     model = Backbone.load(args.model)
     memories = Memories.load(args.adapter, model.size).use_reference(args.reference)
-    shapes = [None] if not args.facts else [Shape(facts=(n, n), talk=(1, 4)) for n in args.facts]
-    for shape in shapes:
-        extra = {} if shape is None else {"shape": shape}
-        result = evaluate(
-            model, memories, heldout_sessions(args.sessions, **extra), resent=args.resent
-        )
-        facts = "mixed" if shape is None else shape.facts[0]
+    shapes: list[tuple[int | str, Shape]] = [(n, Shape(facts=(n, n), talk=(1, 4))) for n in args.facts or ()]
+    for facts, shape in shapes or [("mixed", SESSION_SHAPE)]:
+        result = evaluate(model, memories, heldout_sessions(args.sessions, shape=shape), resent=args.resent)
         print(json.dumps({"facts": facts, "sessions": args.sessions, **result}), flush=True)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .scan import scan, scan_reference
+
+if TYPE_CHECKING:
+    from .backbone import Size
 
 RANK, ALPHA = 8, 16.0
 
@@ -21,10 +26,9 @@ class Memory(nn.Module):
 
     def __init__(self, hidden: int, q_width: int, kv_width: int, *, beta_bias: float) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(hidden)
-        for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj"):
-            weight = torch.empty(RANK, hidden).uniform_(-bound, bound)
-            setattr(self, name, nn.Parameter(weight))
+        self.memory_q_proj = _projection(hidden)
+        self.memory_k_proj = _projection(hidden)
+        self.memory_v_proj = _projection(hidden)
         # Reading where one writes: a token then finds what its like has written from the start.
         self.memory_q_proj.data.copy_(self.memory_k_proj.data)
         self.delta_q_proj = nn.Parameter(torch.randn(q_width, RANK) * 0.1)
@@ -36,7 +40,7 @@ class Memory(nn.Module):
         self.last_beta = torch.zeros(())
         self.exact = False
 
-    def forward(self, h: Tensor, written: Tensor, state: Tensor | None):
+    def forward(self, h: Tensor, written: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """h: [B, T, D]; written: [B, T] bool; state: [B, R, R] or None (zeros).
 
         Returns δq [B, T, Q], δo [B, T, D] and the state after the last token [B, R, R].
@@ -54,29 +58,38 @@ class Memory(nn.Module):
         return dq, F.linear(reads, self.delta_o_proj) * scale, state
 
 
+def _projection(hidden: int) -> nn.Parameter:
+    bound = 1 / math.sqrt(hidden)
+    return nn.Parameter(torch.empty(RANK, hidden).uniform_(-bound, bound))
+
+
 def _direction(x: Tensor) -> Tensor:
     x = torch.tanh(x)
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    length: Tensor = x.norm(dim=-1, keepdim=True)
+    return x / length.clamp_min(1e-6)
 
 
 class Memories(nn.Module):
     """One memory per layer of a backbone."""
 
-    def __init__(self, size, *, beta_bias: float = -3.0) -> None:
+    def __init__(self, size: Size, *, beta_bias: float = -3.0) -> None:
         super().__init__()
         self.beta_bias_init = beta_bias
         widths = (size.hidden, size.heads * size.head_dim, size.kv_heads * size.head_dim)
         self.layers = nn.ModuleList(Memory(*widths, beta_bias=beta_bias) for _ in range(size.layers))
 
+    def _each(self) -> Iterable[Memory]:
+        return cast("Iterable[Memory]", self.layers)
+
     def use_reference(self, on: bool = True) -> Memories:
         """Scan with the plain torch loop instead of the compiled rule."""
-        for layer in self.layers:
+        for layer in self._each():
             layer.exact = on
         return self
 
     def mean_beta(self) -> Tensor:
         """The mean write gate of the last call, over layers, tokens and rows."""
-        return torch.stack([layer.last_beta for layer in self.layers]).mean()
+        return torch.stack([layer.last_beta for layer in self._each()]).mean()
 
     def save(self, folder: Path) -> None:
         """Write the official folder: config, .pt and a .safetensors of the same tensors."""
@@ -110,7 +123,7 @@ class Memories(nn.Module):
         flat.chmod(0o644)
 
     @classmethod
-    def load(cls, folder: Path, size) -> Memories:
+    def load(cls, folder: Path, size: Size) -> Memories:
         """Read ``delta_mem_adapter.safetensors``; strict about names and shapes."""
         memories = cls(size)
         tensors = load_file(str(Path(folder) / "delta_mem_adapter.safetensors"))

@@ -6,10 +6,20 @@ Per token, with S[value, key]:  r = S q  (before the write),  S' = (1 − β)∘
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import numba
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Array = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+_Loop = TypeVar("_Loop", bound=Callable[..., None])
+
+_compiled: Callable[[_Loop], _Loop] = numba.njit(parallel=True, fastmath=False)
 
 
 def scan_reference(
@@ -35,8 +45,10 @@ def scan_reference(
     return torch.stack(reads, 1), state
 
 
-@numba.njit(parallel=True, fastmath=False)
-def _forward(q, k, v, beta, written, state, reads, before):  # pragma: no cover - compiled
+@_compiled
+def _forward(
+    q: Array, k: Array, v: Array, beta: Array, written: Mask, state: Array, reads: Array, before: Array
+) -> None:  # pragma: no cover - compiled
     rows, length, rank = q.shape
     for b in numba.prange(rows):
         s = state[b].copy()
@@ -57,8 +69,21 @@ def _forward(q, k, v, beta, written, state, reads, before):  # pragma: no cover 
         before[b, length] = s
 
 
-@numba.njit(parallel=True, fastmath=False)
-def _backward(q, k, v, beta, written, before, dreads, dlast, dq, dk, dv, dbeta):  # pragma: no cover
+@_compiled
+def _backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    written: Mask,
+    before: Array,
+    dreads: Array,
+    dlast: Array,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    dbeta: Array,
+) -> None:  # pragma: no cover - compiled
     rows, length, rank = q.shape
     for b in numba.prange(rows):
         grad = dlast[b].copy()
@@ -81,17 +106,15 @@ def _backward(q, k, v, beta, written, before, dreads, dlast, dq, dk, dv, dbeta):
                 for j in range(rank):
                     dk[b, t, j] += gate * (error * grad[i, j] - through * s[i, j])
                     dq[b, t, j] += dreads[b, t, i] * s[i, j]
-                    grad[i, j] = (
-                        (1 - gate) * grad[i, j]
-                        - gate * through * k[b, t, j]
-                        + dreads[b, t, i] * q[b, t, j]
-                    )
+                    grad[i, j] = (1 - gate) * grad[i, j] - gate * through * k[b, t, j] + dreads[b, t, i] * q[b, t, j]
         dlast[b] = grad
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, written, state):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, written: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         inputs = [x.detach().contiguous() for x in (q, k, v, beta, written, state)]
         rows, length, rank = q.shape
         reads = torch.zeros_like(inputs[0])
@@ -101,7 +124,7 @@ class _Scan(torch.autograd.Function):
         return reads, before[:, -1].clone()
 
     @staticmethod
-    def backward(ctx, dreads, dlast):
+    def backward(ctx: Any, dreads: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, before = ctx.saved_tensors
         dlast = dlast.clone(memory_format=torch.contiguous_format)
         grads = [torch.zeros_like(inputs[0]) for _ in range(4)]
@@ -110,8 +133,7 @@ class _Scan(torch.autograd.Function):
         return (*grads, None, dlast)
 
 
-def scan(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, written: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def scan(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, written: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """``scan_reference``, compiled, with gradients for q, k, v, beta and state; fp32 on CPU."""
-    return _Scan.apply(q, k, v, beta, written, state)
+    reads, last = _Scan.apply(q, k, v, beta, written, state)  # type: ignore[no-untyped-call]
+    return reads, last

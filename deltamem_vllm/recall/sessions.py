@@ -54,9 +54,7 @@ class Session:
         return out
 
 
-def heldout_sessions(
-    count: int, *, shape: Shape = SESSION_SHAPE, seed: int = SESSION_SEED
-) -> list[Session]:
+def heldout_sessions(count: int, *, shape: Shape = SESSION_SHAPE, seed: int = SESSION_SEED) -> list[Session]:
     """The first ``count`` held-out sessions of a seed."""
     stream = dialogues(seed, shape, "heldout")
     sessions = []

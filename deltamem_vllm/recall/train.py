@@ -22,13 +22,16 @@ from .memory import Memories
 from .sessions import heldout_sessions
 from .windows import Batch, Layout, collate, lay_out
 
+Kind = tuple[Shape, Layout, int]
+"""What a step's dialogues look like, how they are laid out, and how many there are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """A stretch of training on one mix of dialogues; each step draws one of ``mix``."""
 
     steps: int
-    mix: tuple[tuple[Shape, Layout, int], ...]
+    mix: tuple[Kind, ...]
 
 
 PHASES = ("backbone", "adapter", "refine", "heldout")
@@ -67,12 +70,12 @@ ADAPTER_STAGES = (
 )
 
 
-_SESSION = Shape(facts=(3, 5), talk=(0, 4), early_ask=0.1, kin=0.1)
+_SESSION: Kind = (Shape(facts=(3, 5), talk=(0, 4), early_ask=0.1, kin=0.1), "turns", 28)
 REFINE_STAGES = (
     Stage(
         steps=800,
         mix=(
-            *[(_SESSION, "turns", 28)] * 9,
+            *[_SESSION] * 9,
             (Shape(facts=(1, 3), talk=(0, 1), unknown=(0, 1)), "grown", 16),
         ),
     ),

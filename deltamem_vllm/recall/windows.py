@@ -23,7 +23,7 @@ Layout = Literal["chat", "turns", "grown"]
 ANSWER_WEIGHT, OTHER_WEIGHT = 1.0, 0.1
 
 _TOKENIZER = build()
-_START, _END, _LINE = _TOKENIZER.convert_tokens_to_ids([START, END, "\n"])
+_START, _END, _LINE = (_TOKENIZER.get_vocab()[token] for token in (START, END, "\n"))
 
 
 @lru_cache(maxsize=200_000)

@@ -1,8 +1,7 @@
 """What the demo says of its own conversation."""
 
-import pytest
-
 from deltamem_vllm.demo.script import ASKED, TOLD
+from deltamem_vllm.recall.data import Fact, belongs_to
 
 
 def test_every_question_is_about_something_told_and_no_question_says_the_answer() -> None:
@@ -13,8 +12,7 @@ def test_every_question_is_about_something_told_and_no_question_says_the_answer(
 
 
 def test_the_facts_never_met_in_a_training_dialogue() -> None:
-    data = pytest.importorskip("deltamem_vllm.recall.data")
-    facts = [("name", "clara"), ("city", "rome"), ("pet", "turtle"), ("drink", "tea")]
+    facts: list[Fact] = [("name", "clara"), ("city", "rome"), ("pet", "turtle"), ("drink", "tea")]
     assert sorted(value for _, value in facts) == sorted(question.answer for question in ASKED)
-    assert data.belongs_to(facts, "heldout")
-    assert not data.belongs_to(facts, "train")
+    assert belongs_to(facts, "heldout")
+    assert not belongs_to(facts, "train")

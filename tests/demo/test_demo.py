@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deltamem_vllm.demo.__main__ import BUNDLED, main
+from deltamem_vllm.demo.__main__ import main
 from deltamem_vllm.demo.server import group_members
 
 
@@ -23,7 +23,6 @@ def temporary() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.skipif(not (BUNDLED / "adapter").is_dir(), reason="no bundled model in this checkout")
 def test_the_demo_shows_what_it_claims_and_leaves_nothing_behind(temporary: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "deltamem_vllm.demo"],

@@ -27,14 +27,15 @@ def test_scan_and_its_gradients_equal_the_reference():
         reads, last = rule(*leaves[:4], written, leaves[4])
         (reads.sin().sum() + last.cos().sum()).backward()
         results.append([reads, last, *(x.grad for x in leaves)])
-    for expected, got in zip(*results):
+    for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_unwritten_tokens_leave_the_state_alone():
     tensors, written, state = inputs()
     reads, last = scan(*tensors, torch.zeros_like(written), state)
-    assert torch.equal(last, state) and not reads.any()
+    assert torch.equal(last, state)
+    assert not reads.any()
 
 
 def test_split_scan_is_the_whole_scan():
@@ -42,7 +43,8 @@ def test_split_scan_is_the_whole_scan():
     whole, last = scan(*tensors, written, state)
     first, middle = scan(*(x[:, :7] for x in tensors), written[:, :7], state)
     second, end = scan(*(x[:, 7:] for x in tensors), written[:, 7:], middle)
-    assert torch.equal(torch.cat([first, second], 1), whole) and torch.equal(end, last)
+    assert torch.equal(torch.cat([first, second], 1), whole)
+    assert torch.equal(end, last)
 
 
 def test_backbone_equals_hugging_face():

@@ -46,7 +46,9 @@ def test_training_rows_are_the_rendered_chat(tokenizer):
     assert lay_out(dialogue, "chat").ids == rendered[:-2]
     windows = lay_out(dialogue, "turns")
     assert max(windows.windows) + 1 == len(dialogue.turns)
-    assert all(p == 0 for p, w, before in zip(windows.positions, windows.windows, [-1, *windows.windows]) if w != before)
+    before = [-1, *windows.windows[:-1]]
+    starts = [p for p, w, b in zip(windows.positions, windows.windows, before, strict=True) if w != b]
+    assert starts == [0] * len(dialogue.turns)
 
 
 def test_typing_is_forgiven(tokenizer):
