@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test nightly lint bench clean
+.PHONY: help venv services demo serve test nightly lint bench clean
 
 help:
 	@echo 'make demo     a conversation with and without memory, through kill -9, restart and deletion'
@@ -33,10 +33,15 @@ PORT ?= 8000
 serve: venv
 	@exec $(PY) -m deltamem_vllm.demo serve --port $(PORT)
 
-test: venv
+# Tests start PostgreSQL and Redis of their own; where the programs are missing, Debian's packages are installed (root).
+services:
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v redis-server >/dev/null || \
+	{ echo 'installing PostgreSQL and Redis (Debian packages)'; deploy/ci/install-services.sh >/dev/null; }
+
+test: venv services
 	@exec $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-nightly: venv
+nightly: venv services
 	@exec env DELTAMEM_NIGHTLY=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --timeout 7200 $(PYTEST_ARGS)
 
 lint: venv

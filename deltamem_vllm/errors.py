@@ -7,6 +7,8 @@
     ├── CapacityError          retry: right request, wrong moment (HTTP 409 or 503 with Retry-After)
     └── StoreError             storage: the durable store did not do what was asked
         ├── StaleVersion       another writer moved the session on; nothing was written
+        ├── VersionNotKept     the version asked for is not among the kept ones (HTTP 404); nothing was written
+        ├── QuotaExceeded      the tenant has no room left (HTTP 429); nothing was written
         ├── CorruptRecord      stored bytes failed verification; nothing was restored
         └── StoreUnavailable   the store cannot be reached, is full or read-only; nothing was written
 
@@ -56,6 +58,18 @@ class StoreError(DeltaMemError):
 
 class StaleVersion(StoreError):
     """Compare-and-set failed: another writer moved the session on, or it was deleted."""
+
+
+class VersionNotKept(StoreError):
+    """A session or version that is not in the store was to be returned to."""
+
+    status = 404
+
+
+class QuotaExceeded(StoreError):
+    """The tenant's quota of sessions or bytes leaves no room for this write."""
+
+    status = 429
 
 
 class CorruptRecord(StoreError):

@@ -56,7 +56,7 @@ def raise_error(answer: Any) -> Any:
     if not (isinstance(answer, dict) and "error" in answer and isinstance(answer["error"], dict)):
         return answer
     e = answer["error"]
-    if e["type"] == "SessionError":
+    if e["type"] == "SessionError" or e["status"] == 404:
         raise SessionError(e["message"], status=e["status"], parameter=e["parameter"])
     if e["type"] == "CapacityError":
         raise CapacityError(e["message"], status=e["status"], retry_after=e["retry_after"] or 1.0)

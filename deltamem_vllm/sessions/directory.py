@@ -110,6 +110,7 @@ class Session:
     def forget(self) -> None:
         """The record is no longer known to be the latest: read it again before the next use."""
         self.record, self.loaded = None, False
+        self.incarnation = new_incarnation()  # the record's takes its place when there still is one
 
     def erase(self) -> None:
         """The session was deleted: no record, another incarnation."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from deltamem_vllm.errors import SessionError
+from deltamem_vllm.errors import SessionError, StoreUnavailable
 from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.commits import Commits
 from deltamem_vllm.sessions.directory import Directory, Session
@@ -233,12 +233,25 @@ class SessionService:
 
     async def _record(self, session: Session) -> Record | None:
         async with session.loading:
+            if session.loaded and not session.unsaved:
+                await self._notice_other_writers(session)
             if not session.loaded:
                 record = await self._loop.run_in_executor(self._loaders, self.store.get, session.key)
                 if record is not None:
                     self._verify(record)
                 session.set_record(record)
             return session.record
+
+    async def _notice_other_writers(self, session: Session) -> None:
+        """Another server on the same store may have moved the session on since this one last saw it."""
+        try:
+            kept = await self._loop.run_in_executor(self._loaders, self.store.history, session.key, 1)
+        except StoreUnavailable as e:
+            logger.warning("the store cannot be asked for newer versions; going on from the one known here: %s", e)
+            return
+        here = session.record.expect if session.record is not None else None
+        if (Expect(kept[0].version, kept[0].incarnation) if kept else None) != here:
+            session.forget()
 
     def _verify(self, record: Record) -> None:
         """Refuse a memory made with another adapter, model or shape; zeroing it silently would lose it."""

@@ -8,8 +8,8 @@
 
 All integers are little-endian. Lengths are checked against bounds and against each other before anything is
 parsed or allocated; the metadata is parsed only once the checksum is right. Nothing is unpickled. A record
-read under another session's key is refused, because the key is part of it. Encryption at rest will replace
-the payload by AES-GCM with the bytes before it as associated data, under another format number.
+read under another session's key is refused, because the key is part of it. Format 2, in ``crypto``, seals
+window and payload with AES-GCM; it shares the parts, bounds and checks of this module.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import json
 import math
 import re
 import struct
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError
@@ -38,7 +38,8 @@ _MAGIC = b"DMEMREC\n"
 _HEAD = struct.Struct("<8sHHIII")
 _SUM_BYTES = 32
 _SAFETENSORS_OVERHEAD = 1024  # its header for two tensors takes about 200 bytes
-MAX_PAYLOAD_BYTES = 2 * MAX_STATE_BYTES + _SAFETENSORS_OVERHEAD
+_SEAL_OVERHEAD = MAX_WINDOW_BYTES + 64  # format 2 has the window, its length and a tag in there too
+MAX_PAYLOAD_BYTES = 2 * MAX_STATE_BYTES + _SAFETENSORS_OVERHEAD + _SEAL_OVERHEAD
 MAX_RECORD_BYTES = _HEAD.size + MAX_METADATA_BYTES + MAX_WINDOW_BYTES + MAX_PAYLOAD_BYTES + _SUM_BYTES
 
 _LAYOUT = re.compile(r"L([1-9]\d{0,3})H([1-9]\d{0,3})r([1-9]\d{0,3})", re.ASCII)
@@ -75,20 +76,26 @@ def parse_layout(layout: str) -> tuple[int, int, int, int]:
     return layers, heads, rank, rank
 
 
+class RecordCodec(Protocol):
+    """How a store turns records into bytes and back: :data:`PLAIN`, or ``crypto.SealedCodec``."""
+
+    def encode(self, record: Record) -> bytes:
+        """A record's bytes. Raises ``CorruptRecord`` if the record is not valid."""
+
+    def decode(self, data: bytes, *, key: SessionKey | None = None) -> Record:
+        """The inverse; verifies everything, the key included. Raises ``CorruptRecord``."""
+
+    def current(self, data: bytes) -> bool:
+        """Whether :meth:`encode` would seal in the same way: same format, same encryption key."""
+
+
 def encode(record: Record) -> bytes:
     """A record's bytes. The same record always gives the same bytes.
 
     Raises:
         CorruptRecord: the record is not valid; the message names the field.
     """
-    _check(record)
-    metadata = _canonical(record)
-    payload = save({"base": np.ascontiguousarray(record.base), "end": np.ascontiguousarray(record.end)})
-    if len(metadata) > MAX_METADATA_BYTES:
-        raise CorruptRecord(f"metadata of {len(metadata)} bytes; the limit is {MAX_METADATA_BYTES}")
-    head = _HEAD.pack(_MAGIC, FORMAT, 0, len(metadata), len(record.window), len(payload))
-    data = b"".join((head, metadata, record.window, payload))
-    return data + _checksum(data)
+    return pack(FORMAT, *parts_of(record))
 
 
 def decode(data: bytes, *, key: SessionKey | None = None) -> Record:
@@ -105,13 +112,68 @@ def decode(data: bytes, *, key: SessionKey | None = None) -> Record:
     Raises:
         CorruptRecord: naming what failed.
     """
+    return record_of(*unpack(data, FORMAT), key)
+
+
+class Plain:
+    """Format 1, as a :class:`RecordCodec`: a checksum against damage, nothing against an attacker."""
+
+    encode = staticmethod(encode)
+    decode = staticmethod(decode)
+
+    def current(self, data: bytes) -> bool:
+        return format_of(data) == FORMAT
+
+
+PLAIN: RecordCodec = Plain()
+
+
+def parts_of(record: Record) -> tuple[bytes, bytes, bytes]:
+    """Metadata, window and payload of a record that is valid.
+
+    Raises:
+        CorruptRecord: it is not; the message names the field.
+    """
+    _check(record)
+    metadata = _canonical(record)
+    payload = save({"base": np.ascontiguousarray(record.base), "end": np.ascontiguousarray(record.end)})
+    if len(metadata) > MAX_METADATA_BYTES:
+        raise CorruptRecord(f"metadata of {len(metadata)} bytes; the limit is {MAX_METADATA_BYTES}")
+    return metadata, record.window, payload
+
+
+def pack(form: int, metadata: bytes, middle: bytes, last: bytes) -> bytes:
+    """Three parts with header and checksum. ``middle`` is the window (format 1) or key id and nonce (2)."""
+    data = b"".join((header(form, metadata, len(middle), len(last)), middle, last))
+    return data + _checksum(data)
+
+
+def header(form: int, metadata: bytes, middle_bytes: int, last_bytes: int) -> bytes:
+    """The head of a record up to and including its metadata."""
+    return _HEAD.pack(_MAGIC, form, 0, len(metadata), middle_bytes, last_bytes) + metadata
+
+
+def format_of(data: bytes) -> int:
+    """The format number in a record's header; 0 for what is no record."""
+    if len(data) < _HEAD.size or not data.startswith(_MAGIC):
+        return 0
+    return int(_HEAD.unpack_from(data)[1])
+
+
+def unpack(data: bytes, form: int) -> tuple[bytes, bytes, bytes]:
+    """The inverse of :func:`pack`: lengths bounded, checksum right, the parts not yet looked at.
+
+    Raises:
+        CorruptRecord: naming what failed.
+    """
     if not _HEAD.size + _SUM_BYTES < len(data) <= MAX_RECORD_BYTES:
         raise CorruptRecord(f"a record has up to {MAX_RECORD_BYTES} bytes and a header, not {len(data)} bytes")
     magic, version, reserved, metadata_bytes, window_bytes, payload_bytes = _HEAD.unpack_from(data)
     if magic != _MAGIC:
         raise CorruptRecord(f"magic {magic!r} is not that of a deltamem record")
-    if version != FORMAT or reserved:
-        raise CorruptRecord(f"record format {version}.{reserved}; this version reads format {FORMAT}")
+    if version != form or reserved:
+        hint = ": it is encrypted, give the store its key" if (form, version) == (1, 2) else ""
+        raise CorruptRecord(f"record format {version}.{reserved}; format {form} is read here{hint}")
     for name, size, limit in (
         ("metadata", metadata_bytes, MAX_METADATA_BYTES),
         ("window", window_bytes, MAX_WINDOW_BYTES),
@@ -126,17 +188,26 @@ def decode(data: bytes, *, key: SessionKey | None = None) -> Record:
         raise CorruptRecord(f"the lengths add up to {sum_at + _SUM_BYTES} bytes, the record has {len(data)}")
     if _checksum(data[:sum_at]) != data[sum_at:]:
         raise CorruptRecord("checksum does not match the stored bytes")
-    fields = _parse_metadata(data[_HEAD.size : window_at])
+    return data[_HEAD.size : window_at], data[window_at:payload_at], data[payload_at:sum_at]
+
+
+def record_of(metadata: bytes, window: bytes, payload: bytes, key: SessionKey | None) -> Record:
+    """The record that three parts make, everything verified.
+
+    Raises:
+        CorruptRecord: naming what failed.
+    """
+    fields = _parse_metadata(metadata)
     try:
         own = SessionKey(fields.pop("tenant"), fields.pop("session"))
     except ValueError as error:
         raise CorruptRecord(f"key: {error}") from None
     if key is not None and own != key:
         raise CorruptRecord(f"the record stored for session {key.session!r} belongs to another session")
-    base, end = _parse_payload(data[payload_at:sum_at], parse_layout(fields["layout"]))
-    record = Record(key=own, base=base, end=end, window=data[window_at:payload_at], **fields)
+    base, end = _parse_payload(payload, parse_layout(fields["layout"]))
+    record = Record(key=own, base=base, end=end, window=window, **fields)
     _check(record)
-    if _canonical(record) != data[_HEAD.size : window_at]:
+    if _canonical(record) != metadata:
         raise CorruptRecord("metadata is not in its canonical form")
     return record
 
@@ -208,5 +279,7 @@ def _check(record: Record) -> None:
             raise CorruptRecord(f"{name} is not valid Unicode") from None
         if not least <= size <= 256:
             raise CorruptRecord(f"{name} must have {least} to 256 bytes of UTF-8, not {size}")
+        if "\0" in getattr(record, name):  # PostgreSQL's text cannot hold it
+            raise CorruptRecord(f"{name} holds a NUL")
     if not _INCARNATION.fullmatch(record.incarnation):
         raise CorruptRecord(f"incarnation {record.incarnation[:64]!r} is not 8 to 64 lower-case hex digits")

@@ -7,18 +7,17 @@ Rules that hold for all stores, and that one conformance suite checks:
 * The **incarnation** is a random id given when a session is created. A session that is deleted and created
   again starts at version 1 with another incarnation, so that a stale owner of the erased one cannot pass
   the comparison.
-* A write is **idempotent by request id**: putting the (version, incarnation, request_id) that is already
-  stored succeeds and changes nothing. A writer that does not know whether its commit was applied
-  (connection cut, I/O error at COMMIT) sends it again and learns the outcome.
+* A write is **idempotent by request id**: putting a (version, incarnation, request_id) that is stored
+  already, as the newest version or as a kept one, succeeds and changes nothing. A writer that does not know
+  whether its commit was applied (connection cut, I/O error at COMMIT) sends it again and learns the outcome.
 * A write that returned is durable. A write that raised was not applied, or its outcome is resolved by
-  sending it again.
-* A read is verified (see ``codec``); damaged bytes raise ``CorruptRecord`` and are never shown as an empty
-  memory.
-
-Left for a later version, each with its place here: **history** (``get_version``, ``rollback``: versions
-kept beside the newest one), **time to live** (an ``expires_at`` per record and ``expire(now, limit)``) and
-**quotas** (sessions and bytes per tenant, checked inside the transaction of ``put_many``). Their columns
-come by a schema migration.
+  sending it again. How durable each store is, and what it may lose: docs/stores.md.
+* A read is verified (see ``codec`` and ``verify``); damaged bytes raise ``CorruptRecord`` and are never
+  shown as an empty memory.
+* A store keeps the newest ``keep`` versions of each session. ``rollback`` commits an older one again, as a
+  new version; nothing moves backwards.
+* A tenant's sessions and bytes (all kept versions) are counted, and its quota checked, inside the
+  transaction that writes.
 """
 
 import secrets
@@ -135,6 +134,36 @@ class SessionInfo:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a tenant has stored.
+
+    Attributes:
+        sessions: how many.
+        bytes: of records, all kept versions together, as stored.
+    """
+
+    sessions: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What each tenant may store; None: no limit.
+
+    Raises:
+        ValueError: a limit below 1.
+    """
+
+    sessions: int | None = None
+    bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("sessions", self.sessions), ("bytes", self.bytes)):
+            if value is not None and value < 1:
+                raise ValueError(f"a quota of {value} {name}: it must be at least 1, or None")
+
+
 Outcome = StoreError | None
 Outcomes = list[Outcome]
 Listing = list[SessionInfo]
@@ -159,6 +188,7 @@ class StateStore(Protocol):
 
         Raises:
             StaleVersion: the session is not where ``expect`` says; nothing was written.
+            QuotaExceeded: the tenant has no room; nothing was written.
             CorruptRecord: the record itself is not valid (non-finite state, wrong shape); nothing was
             written.
         """
@@ -173,11 +203,57 @@ class StateStore(Protocol):
             per item None (stored, durable) or the error that ``put`` would have raised.
         """
 
+    def get_version(self, key: SessionKey, version: int) -> Record | None:
+        """One kept version, verified; None if the session or this version of it is not there.
+
+        Raises:
+            CorruptRecord: the stored bytes failed verification.
+        """
+
+    def history(self, key: SessionKey, limit: int = 100) -> Listing:
+        """The kept versions, newest first, the current one included; empty without a session."""
+
+    def rollback(self, key: SessionKey, version: int, expect: Expect, request_id: str) -> Record:
+        """Commit the content of a kept version again, as the version after ``expect``.
+
+        Returns:
+            the new record. The same call again returns it again and changes nothing.
+
+        Raises:
+            StaleVersion: the session is not where ``expect`` says; nothing was written.
+            VersionNotKept: there is no such session or version; nothing was written.
+            QuotaExceeded, CorruptRecord: as ``put`` and ``get``.
+        """
+
     def delete(self, key: SessionKey) -> bool:
-        """Erase a session: no byte of it stays in the store's files.
+        """Erase a session with all its versions. SQLite keeps no byte of it in its files; for the others
+        see docs/stores.md.
 
         Returns:
             whether it existed. To call it again after an error is right, and finishes the erasure.
+        """
+
+    def expire(self, now: float, idle_seconds: float, limit: int = 1000) -> int:
+        """Delete up to ``limit`` sessions whose last commit (``updated_at``) is ``idle_seconds`` or more
+        before ``now``, the longest idle first.
+
+        Returns:
+            how many were deleted; fewer than ``limit``: none are left.
+        """
+
+    def usage(self, tenant: str) -> Usage:
+        """What a tenant has stored; zeros for one that has nothing."""
+
+    def reencrypt(self, batch: int = 100) -> int:
+        """Store every version that is not sealed with the codec's newest key again, sealed with it: by
+        groups, beside running commits. Content and versions stay as they are.
+
+        Returns:
+            how many were stored again. After an error, call it again.
+
+        Raises:
+            CorruptRecord: a version cannot be read (its key is missing, it is damaged); those before it are
+            done.
         """
 
     def list(self, tenant: str, after: str | None = None, limit: int = 100) -> Listing:
@@ -187,13 +263,14 @@ class StateStore(Protocol):
         """Release files and connections. A second call does nothing."""
 
 
-def admit(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None) -> bool:
+def admit(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None, kept: str | None = None) -> bool:
     """The compare-and-set rule, the same for every store.
 
     Args:
         record: what is to be written.
         expect: what the writer saw; None: no session.
         stored: (version, incarnation, request_id) of the stored row; None: no row.
+        kept: request id of the kept version that has the record's number, if the row is further on.
 
     Returns:
         True: write it. False: exactly this commit is there already; nothing is to be done.
@@ -204,6 +281,8 @@ def admit(record: Record, expect: Expect | None, stored: tuple[int, str, str] | 
     """
     name = f"session {record.key.session!r}"
     if stored == (record.version, record.incarnation, record.request_id):
+        return False
+    if stored is not None and stored[1] == record.incarnation and kept == record.request_id:
         return False
     if expect is None:
         if stored is not None:

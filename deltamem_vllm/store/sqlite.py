@@ -3,84 +3,48 @@
 Durability: WAL with ``synchronous=FULL``, so that COMMIT returns after the log is synced. NORMAL loses
 acknowledged commits at a power loss. A group of commits is one transaction, hence one sync.
 
-Erasure: ``secure_delete`` overwrites freed bytes in the file, and ``delete`` then truncates the log, so
-that no older image of a page stays behind.
+Erasure: ``secure_delete`` overwrites freed bytes in the file, and ``delete`` and ``expire`` then truncate
+the log, so that no older image of a page stays behind.
 
 Threads: one connection writes, under a lock; reads take their own connections, which in WAL never wait for
 the writer.
 Processes: SQLite's own locks; each process opens the store itself, and never after a fork with the store
 open.
 
-The table has a rowid: a record is some tens of kilobytes, and rows that large make a WITHOUT ROWID tree
-slow to search. The blob is the last column, so that listings never touch its overflow pages.
+Tables and statements: ``sqlite_schema``. Files and errors: ``sqlite_file``.
 """
 
 import contextlib
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import apsw
 
 from deltamem_vllm.errors import ConfigError, CorruptRecord, StoreError, StoreUnavailable
-from deltamem_vllm.store.codec import MAX_RECORD_BYTES, decode, encode
+from deltamem_vllm.store import sqlite_file, sqlite_schema
+from deltamem_vllm.store.codec import MAX_RECORD_BYTES, PLAIN, RecordCodec
+from deltamem_vllm.store.ledger import View, check_keep, decide, roll_back
 from deltamem_vllm.store.protocol import (
     Expect,
     Listing,
     Outcome,
     Outcomes,
     Put,
+    Quota,
     Record,
     SessionInfo,
     SessionKey,
-    admit,
+    Usage,
 )
+from deltamem_vllm.store.sqlite_file import create_private, retry_busy, translated
+from deltamem_vllm.store.verify import Verifier
 
-BUSY_SECONDS = 10.0
-"""How long a lock held by another process is waited for."""
+_Rows = list[Any]  # here, because ``list`` is a method of the store
 _IDLE_READERS = 8
 _APPLICATION_ID = 0x444D454D  # "DMEM", so that file(1) and we can tell whose database it is
-
-MIGRATIONS = (
-    """
-    CREATE TABLE sessions (
-        tenant TEXT NOT NULL,
-        session TEXT NOT NULL,
-        version INTEGER NOT NULL CHECK (version >= 1),
-        incarnation TEXT NOT NULL,
-        request_id TEXT NOT NULL,
-        created_at REAL NOT NULL,
-        updated_at REAL NOT NULL,
-        tokens INTEGER NOT NULL,
-        windows INTEGER NOT NULL,
-        bytes INTEGER NOT NULL,
-        blob BLOB NOT NULL CHECK (length(blob) = bytes),
-        PRIMARY KEY (tenant, session)
-    ) STRICT
-    """,
-)
-"""``MIGRATIONS[n]`` brings a file from ``user_version`` n to n+1. Entries are never edited, only added."""
-
-_ROW = "SELECT version, incarnation, request_id FROM sessions WHERE tenant = ? AND session = ?"
-_GET = """
-    SELECT version, incarnation, request_id, bytes, CASE WHEN length(blob) <= ? THEN blob END
-    FROM sessions WHERE tenant = ? AND session = ?
-"""
-_PUT = """
-    INSERT INTO sessions (tenant, session, version, incarnation, request_id, created_at, updated_at, tokens,
-                          windows, bytes, blob)
-    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
-    ON CONFLICT (tenant, session) DO UPDATE SET
-        version = ?3, incarnation = ?4, request_id = ?5, created_at = ?6, updated_at = ?7, tokens = ?8,
-        windows = ?9, bytes = ?10, blob = ?11
-"""
-_LIST = """
-    SELECT session, version, incarnation, created_at, updated_at, tokens, windows, bytes
-    FROM sessions WHERE tenant = ? AND session > ? ORDER BY session LIMIT ?
-"""
 
 
 class SQLiteStore:
@@ -88,6 +52,9 @@ class SQLiteStore:
 
     Args:
         path: the database file. It is created 0600 and missing directories 0700; what exists keeps its mode.
+        keep: versions kept of each session.
+        quota: per tenant.
+        codec: how records are stored; ``crypto.SealedCodec`` encrypts them.
         vfs: name of a registered SQLite VFS, for fault tests; None for the system's.
 
     Raises:
@@ -95,17 +62,29 @@ class SQLiteStore:
         ConfigError: the file is something else, or of a newer version of this package.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, vfs: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        keep: int = 4,
+        quota: Quota | None = None,
+        codec: RecordCodec = PLAIN,
+        vfs: str | None = None,
+    ) -> None:
         self.path = Path(path).absolute()
+        self.codec = codec
+        self._keep = check_keep(keep)
+        self._quota = quota or Quota()
+        self._verify = Verifier(codec, str(self.path))
         self._vfs = vfs
         self._process = os.getpid()
         self._write_lock = threading.Lock()
         self._readers: list[apsw.Connection] = []
         self._readers_lock = threading.Lock()
         self._closed = False
-        with self._translated("open"):
+        with translated(self.path, "open"):
             try:
-                _create_private(self.path)
+                create_private(self.path)
             except OSError as error:
                 raise StoreUnavailable(
                     f"cannot create or write the store {self.path}: {error.strerror}. Choose a writable path"
@@ -117,23 +96,31 @@ class SQLiteStore:
                 self._writer.close()
                 raise
 
-    # --- the protocol ---------------------------------------------------------------------------------------
+    # --- reading --------------------------------------------------------------------------------------------
 
     def get(self, key: SessionKey) -> Record | None:
-        with self._translated("read"), self._reader() as reader:
-            rows: list[Any] = reader.execute(_GET, (MAX_RECORD_BYTES, key.tenant, key.session)).fetchall()
-        if not rows:
-            return None
-        version, incarnation, request_id, size, blob = rows[0]
-        try:
-            if blob is None:
-                raise CorruptRecord(f"{size} bytes are stored; the limit is {MAX_RECORD_BYTES}")
-            record = decode(blob, key=key)
-            if (record.version, record.incarnation, record.request_id) != (version, incarnation, request_id):
-                raise CorruptRecord("row and record are of different versions")
-        except CorruptRecord as error:
-            raise CorruptRecord(f"session {key.session!r} in {self.path}: {error}") from error
-        return record
+        floor = self._verify.floor(key)
+        rows = self._read("read", sqlite_schema.GET, (MAX_RECORD_BYTES, key.tenant, key.session))
+        return self._verify.newest(key, rows[0][:3], rows[0][3], floor) if rows else None
+
+    def get_version(self, key: SessionKey, version: int) -> Record | None:
+        bindings = (MAX_RECORD_BYTES, key.tenant, key.session, version)
+        rows = self._read("read", sqlite_schema.GET_VERSION, bindings)
+        return self._verify.version(key, rows[0][:3], rows[0][3]) if rows else None
+
+    def history(self, key: SessionKey, limit: int = 100) -> Listing:
+        rows = self._read("read", sqlite_schema.HISTORY, (key.tenant, key.session, max(0, limit)))
+        return [SessionInfo(key, *row) for row in rows]
+
+    def list(self, tenant: str, after: str | None = None, limit: int = 100) -> Listing:
+        rows = self._read("list", sqlite_schema.LIST, (tenant, after or "", max(0, limit)))
+        return [SessionInfo(SessionKey(tenant, session), *rest) for session, *rest in rows]
+
+    def usage(self, tenant: str) -> Usage:
+        rows = self._read("read", sqlite_schema.USAGE, (tenant,))
+        return Usage(*rows[0]) if rows else Usage()
+
+    # --- writing --------------------------------------------------------------------------------------------
 
     def put(self, record: Record, expect: Expect | None) -> None:
         outcome = self.put_many([(record, expect)])[0]
@@ -145,7 +132,7 @@ class SQLiteStore:
         blobs: dict[int, bytes] = {}
         for index, (record, _) in enumerate(puts):
             try:
-                blobs[index] = encode(record)
+                blobs[index] = self.codec.encode(record)
             except CorruptRecord as error:
                 outcomes[index] = error
         if not blobs:
@@ -154,31 +141,56 @@ class SQLiteStore:
         try:
             with self._transaction() as writer:
                 for index, blob in blobs.items():
-                    record, expect = puts[index]
-                    found[index] = _put(writer, record, expect, blob)
+                    found[index] = self._put(writer, *puts[index], blob)
         except StoreError as error:
             found = dict.fromkeys(blobs, error)  # rolled back as one: a stale item may be so no more
         for index, outcome in found.items():
             outcomes[index] = outcome
+            if outcome is None:
+                record = puts[index][0]
+                self._verify.seen(record.key, record.incarnation, int(record.version))
         return outcomes
+
+    def rollback(self, key: SessionKey, version: int, expect: Expect, request_id: str) -> Record:
+        return roll_back(self, key, version, expect, request_id)
 
     def delete(self, key: SessionKey) -> bool:
         with self._transaction() as writer:
-            writer.execute("DELETE FROM sessions WHERE tenant = ? AND session = ?", (key.tenant, key.session))
-            existed = writer.changes() > 0
-        with self._translated("erase from the log of"), self._write_lock:
-            busy = self._open_writer().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if busy is None or busy[0]:
-            raise StoreUnavailable(
-                f"session {key.session!r} is deleted, but readers keep old pages in the log of {self.path}."
-                " Delete it again to finish the erasure"
-            )
+            existed = _delete(writer, key)
+        self._verify.forget(key)
+        self._truncate_log(f"session {key.session!r} is deleted")
         return existed
 
-    def list(self, tenant: str, after: str | None = None, limit: int = 100) -> Listing:
-        with self._translated("list"), self._reader() as reader:
-            found: list[Any] = reader.execute(_LIST, (tenant, after or "", max(0, limit))).fetchall()
-        return [SessionInfo(SessionKey(tenant, session), *rest) for session, *rest in found]
+    def expire(self, now: float, idle_seconds: float, limit: int = 1000) -> int:
+        with self._transaction() as writer:
+            found: Any = writer.execute(sqlite_schema.IDLE, (now - idle_seconds, max(0, limit))).fetchall()
+            keys = [SessionKey(*row) for row in found]
+            for key in keys:
+                _delete(writer, key)
+        for key in keys:
+            self._verify.forget(key)
+        if keys:
+            self._truncate_log(f"{len(keys)} idle sessions are deleted")
+        return len(keys)
+
+    def reencrypt(self, batch: int = 100) -> int:
+        done = last = 0
+        while True:
+            with self._transaction() as writer:
+                rows: _Rows = writer.execute(sqlite_schema.SWEEP, (last, batch)).fetchall()
+                if not rows:
+                    break
+                for rowid, tenant, session, version, incarnation, request_id, blob in rows:
+                    key = SessionKey(tenant, session)
+                    sealed = self._verify.sealed_again(key, (version, incarnation, request_id), blob)
+                    if sealed is not None:
+                        writer.execute(sqlite_schema.RESEAL, (sealed, rowid))
+                        writer.execute(sqlite_schema.ADD_USAGE, (tenant, 0, len(sealed) - len(blob)))
+                        done += 1
+                last = rows[-1][0]
+        if done:
+            self._truncate_log("everything is encrypted with the new key")
+        return done
 
     def close(self) -> None:
         with self._write_lock, self._readers_lock:
@@ -189,27 +201,81 @@ class SQLiteStore:
             with contextlib.suppress(apsw.Error):  # the last one to close also folds the log into the file
                 self._writer.close()
 
+    def _put(self, writer: apsw.Connection, record: Record, expect: Expect | None, blob: bytes) -> Outcome:
+        """Compare and set one session inside the open transaction."""
+        name = (record.key.tenant, record.key.session)
+        head: Any = writer.execute(sqlite_schema.HEAD, name).fetchone()
+        kept: Any = writer.execute(sqlite_schema.KEPT, name).fetchall()
+        used: Any = writer.execute(sqlite_schema.USAGE, name[:1]).fetchone()
+        view = View(head, {version: (request_id, size) for version, request_id, size in kept})
+        try:
+            change = decide(record, expect, len(blob), view, Usage(*used or ()), self._quota, self._keep)
+        except StoreError as error:
+            return error
+        if change is None:
+            return None
+        row = (
+            *name,
+            int(record.version),
+            record.incarnation,
+            record.request_id,
+            float(record.created_at),
+            float(record.updated_at),
+            int(record.tokens),
+            int(record.windows),
+            len(blob),
+            blob,
+        )
+        if change.created:
+            writer.execute(sqlite_schema.NEW_USAGE, name[:1])
+        writer.execute(sqlite_schema.PUT_HEAD, (*row[:5], row[6]))
+        for version in change.trim[1:]:
+            writer.execute(sqlite_schema.TRIM, (*name, version))
+        if change.trim:
+            writer.execute(sqlite_schema.REPLACE_VERSION, (*row, change.trim[0]))
+        else:
+            writer.execute(sqlite_schema.INSERT_VERSION, row)
+        writer.execute(sqlite_schema.ADD_USAGE, (name[0], int(change.created), change.grown))
+        return None
+
+    def _truncate_log(self, done: str) -> None:
+        """Empty the log, so that no older image of a page is left.
+
+        Raises:
+            StoreUnavailable: readers keep it; says what is ``done`` already.
+        """
+        with translated(self.path, "erase from the log of"), self._write_lock:
+            busy = self._open_writer().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy is None or busy[0]:
+            raise StoreUnavailable(
+                f"{done}, but readers keep old pages in the log of {self.path}. Delete it again to finish the erasure"
+            )
+
     # --- connections ----------------------------------------------------------------------------------------
+
+    def _read(self, what: str, statement: str, bindings: tuple[Any, ...]) -> _Rows:
+        with translated(self.path, what), self._reader() as reader:
+            return reader.execute(statement, bindings).fetchall()
 
     def _connect(self, flags: int) -> apsw.Connection:
         connection = apsw.Connection(str(self.path), flags=flags, vfs=self._vfs)
-        connection.set_busy_timeout(int(BUSY_SECONDS * 1000))
+        connection.set_busy_timeout(int(sqlite_file.BUSY_SECONDS * 1000))
         return connection
 
     def _prepare(self) -> None:
         """Switch to WAL, set what makes commits durable and deletes final, bring the schema up to date."""
         writer = self._writer
         self._schema()  # before anything is changed: the file may be another program's
-        _retry_busy(lambda: writer.execute("PRAGMA journal_mode = WAL").fetchall())
+        retry_busy(lambda: writer.execute("PRAGMA journal_mode = WAL").fetchall())
         writer.execute("PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA secure_delete = ON")
         writer.execute("PRAGMA journal_size_limit = 67108864; PRAGMA trusted_schema = OFF")
         writer.execute("BEGIN IMMEDIATE")
         with self._rollback_on_error():
             version = self._schema()
-            if version < len(MIGRATIONS):
-                for migration in MIGRATIONS[version:]:
+            if version < len(sqlite_schema.MIGRATIONS):
+                for migration in sqlite_schema.MIGRATIONS[version:]:
                     writer.execute(migration)
-                writer.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+                writer.execute(f"PRAGMA user_version = {len(sqlite_schema.MIGRATIONS)}")
                 writer.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             writer.execute("COMMIT")
 
@@ -220,9 +286,9 @@ class SQLiteStore:
         version, owner, tables = row
         if owner != _APPLICATION_ID and (owner or version or tables):
             raise ConfigError(f"{self.path} is a database of another program. Choose another path")
-        if version > len(MIGRATIONS):
+        if version > len(sqlite_schema.MIGRATIONS):
             raise ConfigError(
-                f"{self.path} has schema {version}; this deltamem-vllm knows up to {len(MIGRATIONS)}."
+                f"{self.path} has schema {version}; this deltamem-vllm knows up to {len(sqlite_schema.MIGRATIONS)}."
                 " Upgrade deltamem-vllm"
             )
         return int(version)
@@ -237,7 +303,7 @@ class SQLiteStore:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[apsw.Connection]:
         """The writer's connection inside one immediate transaction; any error rolls all of it back."""
-        with self._translated("write"), self._write_lock:
+        with translated(self.path, "write"), self._write_lock:
             writer = self._open_writer()
             writer.execute("BEGIN IMMEDIATE")
             with self._rollback_on_error():
@@ -272,90 +338,15 @@ class SQLiteStore:
             if not keep:
                 reader.close()
 
-    @contextlib.contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
-        """SQLite's errors as ours, with the path and the remedy."""
-        try:
-            yield
-        except apsw.FullError as error:
-            raise StoreUnavailable(
-                f"cannot {what} {self.path}: the disk is full ({error}). Free space; nothing was changed"
-            ) from error
-        except (apsw.BusyError, apsw.LockedError) as error:
-            raise StoreUnavailable(
-                f"cannot {what} {self.path}: another process held its lock for {BUSY_SECONDS:g} s ({error})"
-            ) from error
-        except (apsw.NotADBError, apsw.CorruptError) as error:
-            if what == "open" and isinstance(error, apsw.NotADBError):
-                raise ConfigError(f"{self.path} is not a SQLite database. Choose another path") from error
-            message = f"cannot {what} {self.path}: {error}. Restore it from a backup"
-            raise CorruptRecord(message) from error
-        except (apsw.ReadOnlyError, apsw.PermissionsError, apsw.CantOpenError) as error:
-            raise StoreUnavailable(
-                f"cannot {what} {self.path}: {error}. Make the file and its directory writable"
-            ) from error
-        except apsw.IOError as error:
-            raise StoreUnavailable(
-                f"cannot {what} {self.path}: I/O error ({error}). Check the disk; to learn whether a commit"
-                " was applied, send it again"
-            ) from error
-        except apsw.Error as error:
-            raise StoreUnavailable(f"cannot {what} {self.path}: {type(error).__name__}: {error}") from error
 
-
-def _put(writer: apsw.Connection, record: Record, expect: Expect | None, blob: bytes) -> Outcome:
-    """Compare and set one row inside the open transaction."""
-    key = record.key
-    row = writer.execute(_ROW, (key.tenant, key.session)).fetchone()
-    try:
-        if not admit(record, expect, row):
-            return None
-    except StoreError as error:
-        return error
-    writer.execute(
-        _PUT,
-        (
-            key.tenant,
-            key.session,
-            int(record.version),
-            record.incarnation,
-            record.request_id,
-            float(record.created_at),
-            float(record.updated_at),
-            int(record.tokens),
-            int(record.windows),
-            len(blob),
-            blob,
-        ),
-    )
-    return None
-
-
-def _create_private(path: Path) -> None:
-    """Create the file 0600 and its missing directories 0700, and make their names durable."""
-    made = [directory for directory in reversed(path.parents) if not directory.is_dir()]
-    for directory in made:
-        directory.mkdir(mode=0o700, exist_ok=True)
-    existed = path.exists()
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    if existed:
-        return
-    for directory in {path.parent, *(each.parent for each in made)}:
-        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _retry_busy(action: Callable[[], object]) -> None:
-    """Run a statement for which SQLite does not call its busy handler (the switch to WAL)."""
-    deadline = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            action()
-            return
-        except (apsw.BusyError, apsw.LockedError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
+def _delete(writer: apsw.Connection, key: SessionKey) -> bool:
+    """Delete a session inside the open transaction; whether it existed."""
+    name = (key.tenant, key.session)
+    kept: Any = writer.execute(sqlite_schema.KEPT, name).fetchall()
+    writer.execute("DELETE FROM versions WHERE tenant = ? AND session = ?", name)
+    writer.execute("DELETE FROM sessions WHERE tenant = ? AND session = ?", name)
+    if not writer.changes():
+        return False
+    writer.execute(sqlite_schema.ADD_USAGE, (key.tenant, -1, -sum(size for _, _, size in kept)))
+    writer.execute(sqlite_schema.DROP_USAGE, (key.tenant,))
+    return True

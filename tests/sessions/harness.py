@@ -84,6 +84,13 @@ def key(session: str) -> SessionKey:
     return SessionKey(TENANT, session)
 
 
+def end_of(service: SessionService, session: str) -> np.ndarray:
+    """The end state that the store has."""
+    record = service.store.get(key(session))
+    assert record is not None
+    return record.end
+
+
 def ids(tokens: Sequence[int]) -> np.ndarray:
     return np.asarray(tokens, np.int32)
 

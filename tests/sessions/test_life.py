@@ -9,18 +9,12 @@ import pytest
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.sessions.windows import WRITE_ALL
 from deltamem_vllm.store.protocol import Expect
-from tests.sessions.harness import admit, drive, key, make_service, memory, run, turn
+from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, run, turn
 
 
 @pytest.fixture(params=["memory", "sqlite"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return "memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/s.db"
-
-
-def end_of(service: SessionService, session: str) -> np.ndarray:
-    record = service.store.get(key(session))
-    assert record is not None
-    return record.end
 
 
 def test_it_survives_a_restart(tmp_path: Path) -> None:

@@ -15,18 +15,12 @@ from deltamem_vllm.sessions import commits
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.memory import MemoryStore
 from deltamem_vllm.store.protocol import Outcomes, Put, Record
-from tests.sessions.harness import admit, drive, key, make_service, memory, turn
+from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, turn
 
 
 @pytest.fixture(params=["memory", "sqlite"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return "memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/s.db"
-
-
-def end_of(service: SessionService, session: str) -> np.ndarray:
-    record = service.store.get(key(session))
-    assert record is not None
-    return record.end
 
 
 class Faulty(MemoryStore):

@@ -2,6 +2,15 @@
 them.
 
 Each check takes a factory: it opens the same store again each time, as another process or a restart would.
+The factory takes the options ``keep`` and ``quota`` of the store's constructor. A store of your own is
+checked by::
+
+    @pytest.mark.parametrize("check", [*conformance.CHECKS, *conformance_kept.CHECKS], ids=lambda check: check.__name__)
+    def test_store(check, tmp_path):
+        check(lambda **options: MyStore(tmp_path, **options))
+
+A store may have an attribute ``codec``; sizes are then compared with what it encodes to. Kept versions, expiry
+and quotas are in ``conformance_kept``.
 """
 
 import dataclasses
@@ -13,16 +22,21 @@ import numpy as np
 import pytest
 
 from deltamem_vllm.errors import CorruptRecord, StaleVersion, StoreError, StoreUnavailable
-from deltamem_vllm.store.codec import encode
+from deltamem_vllm.store.codec import PLAIN, encode
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore, new_incarnation
 from tests.store.records import KEY, record
 
-Open = Callable[[], StateStore]
+Open = Callable[..., StateStore]
 Check = Callable[[Open], None]
 
 
 def same(left: Record | None, right: Record) -> bool:
     return left is not None and encode(left) == encode(right)
+
+
+def size_in(store: StateStore, made: Record) -> int:
+    """Bytes of a record as this store keeps it."""
+    return len(getattr(store, "codec", PLAIN).encode(made))
 
 
 def refused(store: StateStore, made: Record, expect: Expect | None, kind: type[StoreError] = StaleVersion) -> None:
@@ -105,10 +119,16 @@ def the_same_request_again_succeeds(open_: Open) -> None:
     again = record(2, updated_at=5.0)
     store.put(again, record(1).expect)
     assert same(store.get(KEY), record(2)), "a retry must not change what is stored"
-    refused(store, record(1), None)  # a later version is there: the outcome of version 1 cannot be told
+    store.put(record(1), None)  # a later version is there, and version 1 is kept: its outcome can be told
+    refused(store, record(1, request_id="another"), None)
+    refused(store, record(1, incarnation=new_incarnation()), None)
+    assert same(store.get(KEY), record(2))
     refused(store, record(2, request_id="another"), record(1).expect)
     outcomes = store.put_many([(record(3), record(2).expect)] * 2)
     assert outcomes == [None, None]
+    group = [(record(v), record(v - 1).expect) for v in (2, 3, 4, 5)]
+    assert store.put_many(group) == store.put_many(group) == [None] * 4  # a whole group, sent again
+    assert same(store.get(KEY), record(5))
 
 
 def a_group_answers_per_item(open_: Open) -> None:
@@ -153,6 +173,8 @@ def deletes(open_: Open) -> None:
     assert store.delete(KEY)
     assert store.get(KEY) is None
     assert not store.delete(KEY)
+    assert store.history(KEY) == []
+    assert store.get_version(KEY, 1) is None
     refused(store, record(2), record(1).expect)
 
 
@@ -174,7 +196,7 @@ def lists_by_tenant_in_pages(open_: Open) -> None:
     info = next(info for info in store.list("tenant") if info.key.session == "a")
     for name in ("key", "version", "incarnation", "created_at", "updated_at", "tokens", "windows"):
         assert getattr(info, name) == getattr(made, name)
-    assert info.bytes == len(encode(made))
+    assert info.bytes == size_in(store, made)
     assert store.list("tenant", limit=0) == store.list("tenant", limit=-1) == store.list("nobody") == []
 
 
@@ -202,6 +224,12 @@ def a_closed_store_says_so(open_: Open) -> None:
         lambda: store.put(record(2), record(1).expect),
         lambda: store.delete(KEY),
         lambda: store.list("tenant"),
+        lambda: store.history(KEY),
+        lambda: store.get_version(KEY, 1),
+        lambda: store.rollback(KEY, 1, record(1).expect, "r"),
+        lambda: store.expire(1e9, 1.0),
+        lambda: store.usage("tenant"),
+        lambda: store.reencrypt(),
     ):
         with pytest.raises(StoreUnavailable, match="closed"):
             action()

@@ -16,7 +16,7 @@ import apsw
 import pytest
 
 from deltamem_vllm.errors import ConfigError, CorruptRecord, StaleVersion, StoreUnavailable
-from deltamem_vllm.store import sqlite
+from deltamem_vllm.store import sqlite_file, sqlite_schema
 from deltamem_vllm.store.codec import MAX_RECORD_BYTES, encode
 from deltamem_vllm.store.protocol import Expect, SessionKey
 from deltamem_vllm.store.sqlite import SQLiteStore
@@ -51,7 +51,7 @@ def test_settings_that_durability_rests_on(store: SQLiteStore) -> None:
         return store._writer.execute(f"PRAGMA {name}").fetchall()[0][0]
 
     assert (value("journal_mode"), value("synchronous"), value("secure_delete")) == ("wal", 2, 1)
-    assert (value("user_version"), value("application_id")) == (len(sqlite.MIGRATIONS), 0x444D454D)
+    assert (value("user_version"), value("application_id")) == (len(sqlite_schema.MIGRATIONS), 0x444D454D)
 
 
 def test_a_restart_finds_everything(path: Path) -> None:
@@ -102,10 +102,10 @@ def test_newer_schema_is_refused(store: SQLiteStore, path: Path) -> None:
 def test_migrations_are_applied_in_one_transaction(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     SQLiteStore(path).close()
     more = "ALTER TABLE sessions ADD COLUMN expires_at REAL"
-    monkeypatch.setattr(sqlite, "MIGRATIONS", (*sqlite.MIGRATIONS, more, "CREATE TABLE sessions (x)"))
+    monkeypatch.setattr(sqlite_schema, "MIGRATIONS", (*sqlite_schema.MIGRATIONS, more, "CREATE TABLE sessions (x)"))
     with pytest.raises(StoreUnavailable, match="already exists"):
         SQLiteStore(path)
-    monkeypatch.setattr(sqlite, "MIGRATIONS", (*sqlite.MIGRATIONS[:1], more))
+    monkeypatch.setattr(sqlite_schema, "MIGRATIONS", (*sqlite_schema.MIGRATIONS[:2], more))
     store = SQLiteStore(path)
     store.put(record(1), None)
     assert conformance.same(store.get(KEY), record(1))
@@ -124,20 +124,24 @@ def test_damage_in_the_row_is_refused(store: SQLiteStore, path: Path) -> None:
         (b"", 1, "bytes"),
     ):
         store._writer.execute(
-            "UPDATE sessions SET blob = ?1, bytes = length(?1), version = ?2 WHERE session = ?3",
+            "UPDATE versions SET blob = ?1, bytes = length(?1), version = ?2 WHERE session = ?3",
             (blob, version, KEY.session),
         )
+        store._writer.execute("UPDATE sessions SET version = ? WHERE session = ?", (version, KEY.session))
         with pytest.raises(CorruptRecord, match=what) as caught:
             store.get(KEY)
         assert str(path) in str(caught.value)
-    store._writer.execute("UPDATE sessions SET blob = zeroblob(?1), bytes = ?1", (MAX_RECORD_BYTES + 1,))
-    with pytest.raises(CorruptRecord, match="the limit is"):
+    store._writer.execute("UPDATE versions SET blob = zeroblob(?1), bytes = ?1", (MAX_RECORD_BYTES + 1,))
+    with pytest.raises(CorruptRecord, match="the limit of"):
+        store.get(KEY)
+    store._writer.execute("DELETE FROM versions")
+    with pytest.raises(CorruptRecord, match="missing"):
         store.get(KEY)
 
 
 def test_a_held_lock_is_reported(store: SQLiteStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.put(record(1), None)
-    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 0.2)
     store._writer.set_busy_timeout(200)
     other = apsw.Connection(str(path))
     other.execute("BEGIN IMMEDIATE")
@@ -152,7 +156,7 @@ def test_a_held_lock_is_reported(store: SQLiteStore, path: Path, monkeypatch: py
 def test_reads_do_not_wait_for_a_writing_thread(store: SQLiteStore) -> None:
     store.put(record(1), None)
     with store._transaction() as writer:
-        writer.execute("DELETE FROM sessions")
+        writer.execute("DELETE FROM sessions; DELETE FROM versions")
         seen: list[bool] = []
         thread = threading.Thread(target=lambda: seen.append(conformance.same(store.get(KEY), record(1))))
         thread.start()
@@ -299,11 +303,11 @@ def test_a_reader_that_holds_the_log_is_reported(store: SQLiteStore, path: Path)
 
 _RACER = """
 import json, sys
-from deltamem_vllm.store import sqlite
+from deltamem_vllm.store import ledger, sqlite
 from tests.store import conformance
 path, index, rule = sys.argv[1:]
 if rule == "none":
-    sqlite.admit = lambda record, expect, stored: True
+    ledger.admit = lambda record, expect, stored, kept: True
 store = sqlite.SQLiteStore(path)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -349,7 +353,7 @@ def test_four_processes_lose_no_update(path: Path) -> None:
 
 
 def test_process_race_catches_a_dropped_comparison(path: Path) -> None:
-    with pytest.raises(AssertionError, match="two writers"):
+    with pytest.raises(AssertionError):  # two writers for one version: the primary key alone stops the second
         race_of_processes(path, "none")
 
 

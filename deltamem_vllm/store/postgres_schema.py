@@ -1,0 +1,125 @@
+"""The PostgreSQL schema and the statements of the store.
+
+The same three tables as in SQLite: where each session is, its kept versions, what each tenant uses. Text is
+compared by bytes (collation "C"), so that listings have the order of the other stores. Records are stored
+uncompressed (EXTERNAL): states do not compress.
+"""
+
+LOCK = 0x444D454D
+"""Advisory lock under which the schema is made."""
+
+META = "CREATE TABLE IF NOT EXISTS deltamem_meta (schema INTEGER NOT NULL)"
+MIGRATIONS = (
+    """
+    CREATE TABLE deltamem_tenants (
+        tenant TEXT COLLATE "C" NOT NULL PRIMARY KEY,
+        sessions BIGINT NOT NULL CHECK (sessions >= 0),
+        bytes BIGINT NOT NULL CHECK (bytes >= 0)
+    );
+    CREATE TABLE deltamem_sessions (
+        tenant TEXT COLLATE "C" NOT NULL,
+        session TEXT COLLATE "C" NOT NULL,
+        version BIGINT NOT NULL CHECK (version >= 1),
+        incarnation TEXT NOT NULL,
+        request_id TEXT NOT NULL,
+        updated_at DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (tenant, session)
+    );
+    CREATE INDEX deltamem_sessions_idle ON deltamem_sessions (updated_at);
+    CREATE TABLE deltamem_versions (
+        tenant TEXT COLLATE "C" NOT NULL,
+        session TEXT COLLATE "C" NOT NULL,
+        version BIGINT NOT NULL CHECK (version >= 1),
+        incarnation TEXT NOT NULL,
+        request_id TEXT NOT NULL,
+        created_at DOUBLE PRECISION NOT NULL,
+        updated_at DOUBLE PRECISION NOT NULL,
+        tokens BIGINT NOT NULL,
+        windows BIGINT NOT NULL,
+        bytes BIGINT NOT NULL,
+        blob BYTEA NOT NULL CHECK (octet_length(blob) = bytes),
+        PRIMARY KEY (tenant, session, version)
+    );
+    ALTER TABLE deltamem_versions ALTER COLUMN blob SET STORAGE EXTERNAL;
+    """,
+)
+"""``MIGRATIONS[n]`` brings a database from schema n to n+1. Entries are never edited, only added."""
+
+# Writers lock the rows of their tenants first, in sorted order. Whoever writes sessions holds the row of their
+# tenant, so two groups cannot wait for each other, and what a writer has read of them stays true.
+NEW_TENANTS = """
+    INSERT INTO deltamem_tenants (tenant, sessions, bytes)
+    SELECT unnest(%s::text[]), 0, 0 ORDER BY 1 ON CONFLICT DO NOTHING
+"""
+LOCK_TENANTS = """
+    SELECT tenant, sessions, bytes FROM deltamem_tenants WHERE tenant = ANY(%s) ORDER BY tenant FOR UPDATE
+"""
+HEADS = """
+    SELECT tenant, session, version, incarnation, request_id FROM deltamem_sessions
+    WHERE (tenant, session) IN (SELECT * FROM unnest(%s::text[], %s::text[]))
+"""
+KEPT = """
+    SELECT tenant, session, version, request_id, bytes FROM deltamem_versions
+    WHERE (tenant, session) IN (SELECT * FROM unnest(%s::text[], %s::text[]))
+"""
+CREATE = """
+    INSERT INTO deltamem_sessions (version, incarnation, request_id, updated_at, tenant, session)
+    VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
+"""
+MOVE = """
+    UPDATE deltamem_sessions SET version = %s, incarnation = %s, request_id = %s, updated_at = %s
+    WHERE tenant = %s AND session = %s AND version = %s AND incarnation = %s
+"""
+INSERT_VERSION = """
+    INSERT INTO deltamem_versions (tenant, session, version, incarnation, request_id, created_at, updated_at,
+                                   tokens, windows, bytes, blob)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+"""
+TRIM = "DELETE FROM deltamem_versions WHERE tenant = %s AND session = %s AND version = ANY(%s)"
+SET_USAGE = "UPDATE deltamem_tenants SET sessions = %s, bytes = %s WHERE tenant = %s"
+USAGE = "SELECT sessions, bytes FROM deltamem_tenants WHERE tenant = %s"
+DELETE = """
+    WITH gone AS (
+        DELETE FROM deltamem_sessions s USING unnest(%s::text[], %s::text[]) AS k (tenant, session)
+        WHERE s.tenant = k.tenant AND s.session = k.session AND s.updated_at <= %s
+        RETURNING s.tenant, s.session
+    ), dropped AS (
+        DELETE FROM deltamem_versions v USING gone g WHERE v.tenant = g.tenant AND v.session = g.session
+        RETURNING v.tenant, v.bytes
+    ), counted AS (
+        UPDATE deltamem_tenants t
+        SET sessions = sessions - (SELECT count(*) FROM gone g WHERE g.tenant = t.tenant),
+            bytes = bytes - (SELECT coalesce(sum(d.bytes), 0) FROM dropped d WHERE d.tenant = t.tenant)
+        WHERE t.tenant IN (SELECT tenant FROM gone)
+    )
+    SELECT tenant, session FROM gone
+"""
+DROP_TENANTS = "DELETE FROM deltamem_tenants WHERE tenant = ANY(%s) AND sessions = 0"
+IDLE = "SELECT tenant, session FROM deltamem_sessions WHERE updated_at <= %s ORDER BY updated_at LIMIT %s"
+GET = """
+    SELECT h.version, h.incarnation, h.request_id, CASE WHEN octet_length(v.blob) <= %s THEN v.blob END
+    FROM deltamem_sessions h LEFT JOIN deltamem_versions v USING (tenant, session, version)
+    WHERE h.tenant = %s AND h.session = %s
+"""
+GET_VERSION = """
+    SELECT version, incarnation, request_id, CASE WHEN octet_length(blob) <= %s THEN blob END
+    FROM deltamem_versions WHERE tenant = %s AND session = %s AND version = %s
+"""
+LIST = """
+    SELECT h.session, v.version, v.incarnation, v.created_at, v.updated_at, v.tokens, v.windows, v.bytes
+    FROM deltamem_sessions h JOIN deltamem_versions v USING (tenant, session, version)
+    WHERE h.tenant = %s AND h.session > %s ORDER BY h.session LIMIT %s
+"""
+HISTORY = """
+    SELECT version, incarnation, created_at, updated_at, tokens, windows, bytes
+    FROM deltamem_versions WHERE tenant = %s AND session = %s ORDER BY version DESC LIMIT %s
+"""
+SWEEP = """
+    SELECT tenant, session, version, incarnation, request_id, blob FROM deltamem_versions
+    WHERE (tenant, session, version) > (%s, %s, %s) ORDER BY tenant, session, version LIMIT %s
+"""
+RESEAL = """
+    UPDATE deltamem_versions SET bytes = %s, blob = %s
+    WHERE tenant = %s AND session = %s AND version = %s AND incarnation = %s AND request_id = %s
+"""
+ADD_BYTES = "UPDATE deltamem_tenants SET bytes = bytes + %s WHERE tenant = %s"

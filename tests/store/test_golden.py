@@ -1,0 +1,94 @@
+"""Bytes that earlier versions of this package wrote must be read for ever. The files in ``golden`` are never made
+again: a new format or schema adds a file."""
+
+import shutil
+from pathlib import Path
+
+import apsw
+import pytest
+
+from deltamem_vllm.store import codec, crypto, sqlite_schema
+from deltamem_vllm.store.codec import PLAIN, decode, encode
+from deltamem_vllm.store.crypto import SealedCodec
+from deltamem_vllm.store.protocol import SessionKey, Usage
+from deltamem_vllm.store.sqlite import SQLiteStore
+from tests.store import conformance
+from tests.store.records import KEY, record
+from tests.store.test_crypto import A
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_every_format_and_schema_has_a_golden_file() -> None:
+    assert (codec.FORMAT, crypto.FORMAT) == (1, 2)
+    assert {each.name for each in GOLDEN.iterdir()} == {
+        "record-format1.bin",
+        "record-format2.bin",
+        *(f"schema{version}.db" for version in range(1, len(sqlite_schema.MIGRATIONS))),
+    }
+
+
+def test_format_1() -> None:
+    data = (GOLDEN / "record-format1.bin").read_bytes()
+    assert conformance.same(decode(data, key=KEY), record(7))
+    assert encode(record(7)) == data, "the codec writes other bytes than it did"
+
+
+def test_format_2() -> None:
+    data = (GOLDEN / "record-format2.bin").read_bytes()
+    assert conformance.same(SealedCodec(A).decode(data, key=KEY), record(7))
+    assert codec.format_of(data) == 2
+
+
+def open_old(folder: Path, codec: codec.RecordCodec = PLAIN) -> SQLiteStore:
+    path = folder / "s.db"
+    if not path.exists():
+        shutil.copy(GOLDEN / "schema1.db", path)
+    return SQLiteStore(path, codec=codec)
+
+
+def check_sessions(store: SQLiteStore) -> None:
+    for tenant in ("tenant", "other"):
+        infos = store.list(tenant)
+        assert [(info.key.session, info.version) for info in infos] == [("s0", 1), ("s1", 2), ("s2", 3)]
+        for info in infos:
+            assert conformance.same(store.get(info.key), record(info.version, info.key, layout="L1H1r2"))
+            assert store.history(info.key) == [info]
+        assert store.usage(tenant) == Usage(3, sum(info.bytes for info in infos))
+
+
+def test_schema_1_is_migrated(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "schema1.db", tmp_path / "old.db")  # opening it makes files beside it
+    before = apsw.Connection(str(tmp_path / "old.db"))
+    assert before.pragma("user_version") == 1
+    before.close()
+    store = open_old(tmp_path)
+    assert store._writer.pragma("user_version") == 2
+    assert store._writer.pragma("integrity_check") == "ok"
+    check_sessions(store)
+    key = SessionKey("tenant", "s2")
+    store.put(record(4, key, layout="L1H1r2"), record(3).expect)
+    assert [info.version for info in store.history(key)] == [4, 3]
+    assert store.expire(1e10, 0.0) == 6
+    store.close()
+    assert b"request-0-1" not in (tmp_path / "s.db").read_bytes(), "the migration leaves no copy of a row behind"
+
+
+def test_schema_1_is_migrated_and_encrypted(tmp_path: Path) -> None:
+    store = open_old(tmp_path, SealedCodec(A, accept_plain=True))
+    assert store.reencrypt() == 6
+    store.close()
+    store = open_old(tmp_path, SealedCodec(A))
+    check_sessions(store)
+    store.close()
+
+
+def test_a_migration_that_fails_leaves_the_old_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = (*sqlite_schema.MIGRATIONS[:1], sqlite_schema.MIGRATIONS[1] + "CREATE TABLE sessions (x);")
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite_schema, "MIGRATIONS", broken)
+        with pytest.raises(Exception, match="already exists"):
+            open_old(tmp_path)
+    store = open_old(tmp_path)
+    check_sessions(store)
+    store.close()
