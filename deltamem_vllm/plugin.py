@@ -26,8 +26,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "adapter": {"metavar": "DIR", "help": "Adapter folder: delta_mem_config.json and the weights. Required."},
     "store": {
         "metavar": "URL",
-        "help": "Where sessions persist: sqlite:////absolute/path.db, postgresql://…, redis://… or memory:// (lost with "
-        "the process). "
+        "help": "Where sessions persist: sqlite:////absolute/path.db, postgresql://…, redis://… or memory:// (lost "
+        "with the process). "
         "Default: SQLite in the user's data directory.",
     },
     "session-slots": {"type": int, "metavar": "N", "help": "Session states kept in device memory (default 1024)."},
