@@ -14,7 +14,7 @@ from deltamem_vllm.adapter.config import parse_config
 from deltamem_vllm.adapter.weights import BackboneShape, expected_shapes
 
 BACKBONE = BackboneShape(num_layers=3, hidden_size=24, q_size=32, kv_size=16, model_type="qwen3")
-OFFICIAL = Path(__file__).parents[1] / "fixtures" / "qwen3_tsw_r8"
+OFFICIAL = Path(__file__).parents[1] / "fixtures" / "qwen3_tsw_r8" / "adapter"
 
 
 def make_tensors(
