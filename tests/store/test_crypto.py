@@ -283,6 +283,15 @@ def test_key_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pyte
         (f"a {new_key()}\na {new_key()}", "must differ"),
         (f"-a {new_key()}", "a key id has"),
     ],
+    ids=[
+        "empty",
+        "only a comment",
+        "no id",
+        "no base64",
+        "too short",
+        "one id twice",
+        "an id with a dash",
+    ],  # the keys are random
 )
 def test_bad_key_files_are_named_and_not_shown(text: str, what: str) -> None:
     with pytest.raises(ConfigError, match=what) as caught:
