@@ -82,6 +82,8 @@ def resolve(given: Mapping[str, Any]) -> Settings:
     """
     values: dict[str, Any] = {}
     for name in Settings.model_fields:
+        if name == "control":  # made at start, nobody's to choose
+            continue
         value = given.get(name)
         if value is None:
             value = os.environ.get(f"DELTAMEM_{name.upper()}")

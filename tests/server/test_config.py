@@ -37,7 +37,9 @@ def test_a_flag_beats_the_environment_and_the_environment_the_default(monkeypatc
     monkeypatch.setenv("DELTAMEM_QUEUE_DEPTH", "3")
     monkeypatch.setenv("DELTAMEM_SESSION_SLOTS", "17")
     monkeypatch.setenv("DELTAMEM_STORE", "memory://")
+    monkeypatch.setenv("DELTAMEM_CONTROL", "/from/environment")
     settings = resolve({"queue_depth": 5, "session_slots": None})
+    assert settings.control == "", "the sockets' folder is made at start and nobody's to choose"
     assert (settings.adapter, settings.queue_depth, settings.session_slots) == ("/from/environment", 5, 17)
     assert settings.store == "memory://"
     assert resolve({"adapter": "/from/flag"}).adapter == "/from/flag"
