@@ -194,7 +194,7 @@ def test_an_unsupported_architecture(tmp_path: Path) -> None:
     [
         (["--enable-lora"], "--enable-lora cannot be combined with --plugin deltamem"),
         (["--block-size", "24"], "block.size"),
-        (["--deltamem-store", "postgresql://host/db"], "not served yet"),
+        (["--deltamem-store", "postgresql://127.0.0.1:1/db"], "cannot be reached"),
         (["--deltamem-store", "sqlite://relative.db"], "names no file; use sqlite:////absolute/path.db"),
         (["--deltamem-store", "/a/path"], "is not a URL"),
         (["--deltamem-store", "sqlite:////proc/no/such/folder/s.db"], "/proc/no/such/folder/s.db"),
