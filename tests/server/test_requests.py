@@ -158,9 +158,8 @@ def test_a_client_that_leaves_the_line_holds_nothing(talk: Talk, server: VllmSer
 # --- clients that wait ------------------------------------------------------------------------------------------------
 
 
-def test_parallel_requests_of_a_session_come_in_order_and_too_many_are_sent_away(talk: Talk) -> None:
-    """The server was started with --deltamem-queue-depth 2."""
-    s = new_session()
+def crowd(talk: Talk, s: str) -> list[str]:
+    """Two requests wait for an occupied session, further ones are sent away; the versions that the two made."""
     with ThreadPoolExecutor(2) as pool:
         with occupied(talk, s):
             waiting = []
@@ -175,11 +174,16 @@ def test_parallel_requests_of_a_session_come_in_order_and_too_many_are_sent_away
             refused(streamed, 409, "2 requests wait for it already")
             assert int(streamed.headers["Retry-After"]) >= 1
             assert outcome(talk.complete(FACT, s, "read"))[2] == "unchanged", "a reader needs no turn"
-        first, second = (w.result() for w in waiting)
-    versions = [int(outcome(first)[1]), int(outcome(second)[1])]
-    assert versions in ([1, 2], [2, 3]), "they are served in the order in which they came"
-    if versions[0] == 2:  # a fast machine: the occupying answer was complete, and kept, before its client left
-        return
+        return [str(outcome(w.result())[1]) for w in waiting]
+
+
+def test_parallel_requests_of_a_session_come_in_order_and_too_many_are_sent_away(talk: Talk) -> None:
+    """The server was started with --deltamem-queue-depth 2."""
+    for _ in range(3):
+        versions = crowd(talk, s := new_session())
+        if versions != ["2", "3"]:  # else the occupying answer was complete before its client left: set up again
+            break
+    assert versions == ["1", "2"], "the occupying client left, so that it has no version"
     t = new_session()
     for i in range(2):
         ok(talk.complete([100 + i, 101, 102], t))
