@@ -171,6 +171,10 @@ _REMEDIES: tuple[tuple[Any, str], ...] = (
     (errors.ReadOnlySqlTransaction, "the server is read-only; it may be a standby. Connect to the primary"),
     (errors.DiskFull, "the server's disk is full; nothing was changed. Free space"),
     (errors.InsufficientPrivilege, "the role has no right to it. Grant it on the deltamem_ tables and the schema"),
+    (
+        errors.UndefinedTable,
+        "the tables of the store are gone. Restore them from a backup; a restart of the server makes empty ones",
+    ),
     (errors.TooManyConnections, "the server has no connection left. Raise max_connections"),
     (psycopg.OperationalError, "the server cannot be reached. To learn whether a commit was applied, send it again"),
     (Exception, "the server refused it"),
@@ -179,6 +183,8 @@ _REMEDIES: tuple[tuple[Any, str], ...] = (
 
 def _login_refused(error: Exception) -> bool:
     """Whether the server answered and said no. libpq gives no error code for that, only the server's words."""
+    if getattr(error, "sqlstate", None) is not None:
+        return False  # said by the server inside a session, not at its door
     said = str(error)
     return any(words in said for words in ("authentication failed", "no password supplied", "does not exist", "pg_hba"))
 

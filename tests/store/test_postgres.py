@@ -207,6 +207,8 @@ def test_crashed_servers_lose_no_acknowledged_commit() -> None:
     for the log."""
     with services.postgres() as server:
         store = PostgresStore(f"postgresql://test@127.0.0.1:{server.port}/postgres", retry_seconds=10)
+        with psycopg.connect(f"postgresql://test@127.0.0.1:{server.port}/postgres", autocommit=True) as admin:
+            admin.execute("CHECKPOINT")  # the tables are on the disk: only commits are at stake
         for turn in range(4):
             keys = [SessionKey(f"t{turn}", f"{index}") for index in range(20)]
             assert store.put_many([(record(1, key), None) for key in keys]) == [None] * 20
