@@ -13,45 +13,27 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from deltamem_vllm.errors import SessionError, StoreUnavailable
+from deltamem_vllm.errors import SessionError
 from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.commits import Commits
 from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
-from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore
+from deltamem_vllm.sessions.records import Records
+from deltamem_vllm.sessions.tickets import Ticket, Tickets
+from deltamem_vllm.store.protocol import Expect, SessionKey, StateStore
 from deltamem_vllm.store.url import open_store
 from deltamem_vllm.store.writer import CommitWriter
 
 logger = logging.getLogger("vllm.deltamem")
 
-CLAIM_SECONDS = 60.0
-"""A grant that no request has claimed after this long is taken back: its API process is gone."""
 VERDICT_SECONDS = 10.0
 """How long the blocks of an aborted request wait to hear whether a stop string ended it."""
-OUTCOME_SECONDS = 600.0
-"""How long an outcome nobody asked for is remembered."""
 RECORD_BUDGET = 256 << 20
 """Bytes of records kept in host memory."""
-
-
-@dataclass
-class Ticket:
-    """A grant on its way: claimed or not, its outcome, what the API process said of an aborted one."""
-
-    grant: Grant
-    deletions: int
-    version: int
-    outcome: "asyncio.Future[dict[str, Any]]"
-    claimed: bool = False
-    verdict: int | None = None
-    verdict_given: bool = False
-    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
 class SessionService:
@@ -77,18 +59,17 @@ class SessionService:
         queue_depth: int,
         queue_seconds: float,
     ) -> None:
-        self.layout, self.adapter, self.model, self.state_shape = layout, adapter, model, state_shape
+        self.adapter, self.state_shape = adapter, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
         self.store: StateStore = open_store(store_url)
+        self.records = Records(self.store, layout=layout, adapter=adapter, model=model)
         self.writer = CommitWriter(self.store)
         self.commits = Commits(self.writer, layout=layout, adapter=adapter, model=model, state_shape=state_shape)
         self.directory = Directory(RECORD_BUDGET)
         self.erased_states: list[str] = []
-        self._tickets: dict[str, Ticket] = {}
+        self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
-        self._claims = threading.Lock()
-        self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-load")
         self._serve: Callable[[SessionService], Any] | None = None
         self._started = threading.Event()
         self._start_error: BaseException | None = None
@@ -112,7 +93,7 @@ class SessionService:
             self._call(self._stop.set)
             self._thread.join(timeout)
         self.writer.close(timeout)
-        self._loaders.shutdown(wait=False)
+        self.records.close()
         self.store.close()
 
     def _run(self) -> None:
@@ -183,7 +164,7 @@ class SessionService:
         """
         session = self.directory.get(key)
         self.directory.trim()
-        if ticket in self._tickets or ticket in self._admitting:
+        if ticket in self._admitting or self.tickets.get(ticket) is not None:
             raise SessionError(f"ticket {ticket!r} is in use: make a fresh one for each request", status=400)
         self._admitting[ticket] = asyncio.current_task()
         try:
@@ -198,7 +179,7 @@ class SessionService:
         self, session: Session, ticket: str, mode: windows.Mode, tokens: np.ndarray, salt: str | None, held: bool
     ) -> dict[str, Any]:
         self.commits.check_room(session)
-        record = await self._record(session)
+        record = await self.records.latest(session)
         window = windows.unpack(record.window) if record is not None else None
         plan = windows.plan(window, tokens)  # type: ignore[arg-type]
         base = None
@@ -219,9 +200,7 @@ class SessionService:
             held_for_verdict=held,
         )
         version = record.version if record is not None else 0
-        entry = Ticket(grant, session.deletions, version, self._loop.create_future())
-        self._tickets[ticket] = entry
-        entry.timer = self._loop.call_later(CLAIM_SECONDS, self._expire, ticket)
+        self.tickets.issue(grant, session.deletions, version)
         limit = grant.write_limit
         made_from = f"{self.adapter}/{self._epoch}"
         return {
@@ -231,69 +210,22 @@ class SessionService:
             "matched": plan.matched,
         }
 
-    async def _record(self, session: Session) -> Record | None:
-        async with session.loading:
-            if session.loaded and not session.unsaved:
-                await self._notice_other_writers(session)
-            if not session.loaded:
-                record = await self._loop.run_in_executor(self._loaders, self.store.get, session.key)
-                if record is not None:
-                    self._verify(record)
-                session.set_record(record)
-            return session.record
-
-    async def _notice_other_writers(self, session: Session) -> None:
-        """Another server on the same store may have moved the session on since this one last saw it."""
-        try:
-            kept = await self._loop.run_in_executor(self._loaders, self.store.history, session.key, 1)
-        except StoreUnavailable as e:
-            logger.warning("the store cannot be asked for newer versions; going on from the one known here: %s", e)
-            return
-        here = session.record.expect if session.record is not None else None
-        if (Expect(kept[0].version, kept[0].incarnation) if kept else None) != here:
-            session.forget()
-
-    def _verify(self, record: Record) -> None:
-        """Refuse a memory made with another adapter, model or shape; zeroing it silently would lose it."""
-        for what, have, want in (
-            ("adapter", record.adapter, self.adapter),
-            ("model", record.model, self.model),
-            ("layout", record.layout, self.layout),
-        ):
-            if have != want:
-                raise SessionError(
-                    f"session {record.key.session!r} was written with {what} {have}, this server runs {want}: serve it "
-                    "with what it was written with, or delete the session",
-                    status=422,
-                    parameter="session_id",
-                )
-
-    async def outcome(self, ticket: str) -> dict[str, Any]:
-        """What became of a ticket: waits until it is known, and durable where it was a commit."""
-        entry = self._tickets.get(ticket)
-        if entry is None:
-            return {"status": "unknown", "error": "this ticket is not known (any more)"}
-        result = await asyncio.shield(entry.outcome)
-        self._tickets.pop(ticket, None)
-        return result
-
     def give_verdict(self, ticket: str, tokens: int | None) -> None:
         """The API process says of a request: commit it after ``tokens`` tokens (a held one), or (None) drop it."""
         waiting = self._admitting.get(ticket)
         if waiting is not None and tokens is None:
             waiting.cancel()
-        entry = self._tickets.get(ticket)
-        if entry is None:
-            return
-        entry.verdict, entry.verdict_given = tokens, True
-        if tokens is None:  # where the engine refused the request it never claimed its ticket
-            self._withdraw(ticket, "the request ended before it reached the engine")
+        self.tickets.give_verdict(ticket, tokens)
+
+    async def outcome(self, ticket: str) -> dict[str, Any]:
+        """See `Tickets.outcome`."""
+        return await self.tickets.outcome(ticket)
 
     async def info(self, key: SessionKey) -> dict[str, Any] | None:
         """What is known of a session, or None where it has no record."""
         session = self.directory.get(key)
         self.directory.trim()
-        record = await self._record(session)
+        record = await self.records.latest(session)
         if record is None:
             return None
         window = windows.unpack(record.window)
@@ -315,7 +247,7 @@ class SessionService:
         session = self.directory.get(key)
         self.directory.trim()
         async with session.storing, session.loading:
-            existed = await self._loop.run_in_executor(self._loaders, self.store.delete, key)
+            existed = await self.records.on_loader(self.store.delete, key)
             if session.record is not None:
                 self.erased_states += [state_digest(session.record.base), state_digest(session.record.end)]
             session.erase()
@@ -324,21 +256,12 @@ class SessionService:
     # ------------------------------------------------------------------ called by the scheduler's thread
 
     def claim(self, ticket: str) -> Grant | None:
-        """The grant of an arriving request; None if there is none (any more). Never blocks.
-
-        A ticket that commits is claimed once. One that only reads serves all samples of its request.
-        """
-        with self._claims:
-            entry = self._tickets.get(ticket)
-            if entry is None or (entry.claimed and (entry.grant.commits or entry.outcome.done())):
-                return None
-            entry.claimed = True
-        return entry.grant
+        """See `Tickets.claim`. Never blocks."""
+        return self.tickets.claim(ticket)
 
     def verdict(self, ticket: str) -> tuple[bool, int | None]:
-        """Whether the API process has spoken about a held request, and the token count to commit at."""
-        entry = self._tickets.get(ticket)
-        return (True, None) if entry is None else (entry.verdict_given, entry.verdict)
+        """See `Tickets.verdict`. Never blocks."""
+        return self.tickets.verdict(ticket)
 
     def distrust_cached_blocks(self) -> None:
         """A request ran on a wrong memory: from now on no grant shares a cached block with anything before."""
@@ -346,7 +269,7 @@ class SessionService:
 
     def end(self, ticket: str, status: str, error: str = "") -> None:
         """The request ended without a commit (``unchanged``, ``aborted`` or ``failed``). Never blocks."""
-        self._call(self._settle, ticket, {"status": status, "error": error})
+        self._call(self.tickets.settle, ticket, {"status": status, "error": error})
 
     def commit(self, ticket: str, tokens_fed: list[int], state: np.ndarray) -> None:
         """The request ended; make ``state [layers, H, r, r]`` after ``tokens_fed`` durable. Never blocks."""
@@ -355,32 +278,11 @@ class SessionService:
     # ------------------------------------------------------------------ inside
 
     async def _commit(self, ticket: str, tokens_fed: list[int], state: np.ndarray) -> None:
-        entry = self._tickets.get(ticket)
+        entry = self.tickets.get(ticket)
         if entry is None:
             return
         session = self.directory.get(entry.grant.key)
-        result = await self.commits.commit(session, entry.grant, entry.deletions, tokens_fed, state)
-        self._settle(ticket, result)
+        self.tickets.settle(ticket, await self.commits.commit(session, entry.grant, entry.deletions, tokens_fed, state))
 
-    def _settle(self, ticket: str, result: dict[str, Any]) -> None:
-        """Make an outcome known and free the session."""
-        entry = self._tickets.get(ticket)
-        if entry is None or entry.outcome.done():
-            return
-        if entry.timer is not None:
-            entry.timer.cancel()
-        entry.outcome.set_result({"version": entry.version, **result, "session": entry.grant.key.session})
-        self.directory.get(entry.grant.key).release(ticket)
-        self._loop.call_later(OUTCOME_SECONDS, self._tickets.pop, ticket, None)
-
-    def _expire(self, ticket: str) -> None:
-        self._withdraw(ticket, f"not claimed within {CLAIM_SECONDS:g} s")
-
-    def _withdraw(self, ticket: str, why: str) -> None:
-        """Take back a ticket that no request has claimed."""
-        with self._claims:
-            entry = self._tickets.get(ticket)
-            if entry is None or entry.claimed:
-                return
-            entry.claimed = True
-        self._settle(ticket, {"status": "aborted", "error": why})
+    def _settled(self, entry: Ticket) -> None:
+        self.directory.get(entry.grant.key).release(entry.grant.ticket)

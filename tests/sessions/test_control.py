@@ -96,7 +96,7 @@ def test_errors_arrive_as_what_they_were(tmp_path: Path) -> None:
         await client.ask("verdict", ticket=owner["ticket"], tokens=None)
         await turn(service, client, "s", [1])
         service.directory.get(key("s")).forget()
-        service.adapter = "another"
+        service.records.adapter = "another"
         with pytest.raises(SessionError, match="written with adapter") as other:
             await ask_admit(client, "s", [1])
         assert (other.value.status, other.value.parameter) == (422, "session_id")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deltamem_vllm.errors import CapacityError, SessionError
-from deltamem_vllm.sessions import service as service_module
+from deltamem_vllm.sessions import tickets as tickets_module
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.memory import MemoryStore
 from deltamem_vllm.store.protocol import Outcomes, Put
@@ -217,7 +217,7 @@ def test_an_unclaimed_ticket_is_withdrawn_on_word_of_the_api_process() -> None:
 
 
 def test_an_unclaimed_ticket_expires(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "CLAIM_SECONDS", 0.1)
+    monkeypatch.setattr(tickets_module, "CLAIM_SECONDS", 0.1)
 
     async def scenario(service: SessionService) -> None:
         granted = await admit(service, "s", [1])
