@@ -14,7 +14,7 @@ from rich.table import Table
 from deltamem_vllm.ops import reference
 from deltamem_vllm.ops.dispatch import select
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.paged import WRITE_ALL, PagedOps
+from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
 
 BLOCK = 32
 TOLERANCE = 5e-6
@@ -32,6 +32,7 @@ class Case:
         self.pages = torch.zeros(blocks, shape.page_floats(BLOCK))
         self.table = torch.arange(blocks, dtype=torch.int32).view(1, -1)
         self.limits = torch.full((blocks,), WRITE_ALL, dtype=torch.int32)
+        self.unwritten = torch.zeros((blocks, mask_words(BLOCK)), dtype=torch.int32)
         self.reads = torch.empty(tokens, shape.width)
 
     def prefill(self, ops: PagedOps) -> None:
@@ -43,11 +44,9 @@ class Case:
         self._step(ops, self.tokens - BLOCK // 2, self.tokens - BLOCK // 2 + 1)
 
     def _step(self, ops: PagedOps, start: int, stop: int) -> None:
-        ops.page_scan(
-            self.shape, self.projected[start:stop], self.bias, self.pages, self.table,
-            torch.tensor([0, stop - start], dtype=torch.int32), torch.tensor([stop], dtype=torch.int32),
-            self.limits, self.reads, BLOCK, 1,
-        )  # fmt: skip
+        rows, length = torch.tensor([0, stop - start], dtype=torch.int32), torch.tensor([stop], dtype=torch.int32)
+        batch = Batch(self.table, rows, length, self.limits, self.unwritten, BLOCK, 1)
+        ops.page_scan(self.shape, self.projected[start:stop], self.bias, self.pages, batch, self.reads)
 
 
 def check(case: Case, ops: PagedOps) -> float:

@@ -114,7 +114,8 @@ void check_requests(const deltamem::ScanArgs& args, int64_t tokens, int64_t num_
 }
 
 void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages, const Tensor& block_table,
-               const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& write_limit, const Tensor& reads,
+               const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& write_limit,
+               const Tensor& unwritten, const Tensor& reads,
                int64_t block_size, int64_t num_reqs, int64_t rank, int64_t heads, bool rankwise, bool couple,
                int64_t mode, bool normalize) {
   const deltamem::Shape shape = make_shape(rank, heads, rankwise, couple, mode, normalize);
@@ -125,12 +126,14 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
   check("query_start_loc", query_start_loc, ScalarType::Int, {-1});
   check("seq_lens", seq_lens, ScalarType::Int, {-1});
   check("write_limit", write_limit, ScalarType::Int, {pages.size(0)});
+  require(block_size >= 1, "block_size must be at least 1, got ", block_size);
+  check("unwritten", unwritten, ScalarType::Int, {pages.size(0), (block_size + 31) / 32});
   check("reads", reads, ScalarType::Float, {-1, shape.width()});
   require(projected.is_contiguous() && bias.is_contiguous() && reads.is_contiguous(),
           "page_scan: projected, bias and reads must be contiguous");
   require(query_start_loc.is_contiguous() && seq_lens.is_contiguous() && write_limit.is_contiguous() &&
-              (block_table.stride(1) == 1 || block_table.size(1) < 2),
-          "page_scan: query_start_loc, seq_lens, write_limit and the rows of block_table must be contiguous");
+              unwritten.is_contiguous() && (block_table.stride(1) == 1 || block_table.size(1) < 2),
+          "page_scan: query_start_loc, seq_lens, write_limit, unwritten and the rows of block_table must be contiguous");
   const int64_t tokens = projected.size(0);
   require(reads.size(0) >= tokens, "page_scan: reads has ", reads.size(0), " rows for ", tokens, " tokens");
   require(num_reqs >= 0 && query_start_loc.size(0) > num_reqs && seq_lens.size(0) >= num_reqs &&
@@ -141,6 +144,7 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
   const deltamem::ScanArgs args = {projected.data_ptr(), dtype, data<float>(bias), make_pages(shape, pages, block_size),
                                    data<int32_t>(block_table), block_table.stride(0), data<int32_t>(query_start_loc),
                                    data<int32_t>(seq_lens), data<int32_t>(write_limit),
+                                   data<uint32_t>(unwritten),
                                    static_cast<float*>(reads.data_ptr()), reads.size(0), num_reqs,
                                    order_of(data<int32_t>(query_start_loc), data<int32_t>(seq_lens), num_reqs),
                                    workspace(shape)};
@@ -177,7 +181,7 @@ bool force_isa(std::string isa) { return deltamem::force_isa(isa.c_str()); }
 STABLE_TORCH_LIBRARY(deltamem_native, m) {
   m.def(
       "page_scan(Tensor projected, Tensor bias, Tensor(a!) pages, Tensor block_table, Tensor query_start_loc, "
-      "Tensor seq_lens, Tensor write_limit, Tensor(b!) reads, int block_size, int num_reqs, int rank, int heads, "
+      "Tensor seq_lens, Tensor write_limit, Tensor unwritten, Tensor(b!) reads, int block_size, int num_reqs, int rank, int heads, "
       "bool rankwise, bool couple, int mode, bool normalize) -> ()");
   m.def(
       "page_state(Tensor pages, Tensor block_ids, Tensor counts, Tensor(a!) out, int block_size, int rank, int heads, "

@@ -54,6 +54,7 @@ struct ScanArgs {
   const int32_t* query_start_loc;
   const int32_t* seq_lens;
   const int32_t* write_limit;  // by block
+  const uint32_t* unwritten;   // [blocks, ceil(N / 32)]; a bit that is set: that token of the block is only read
   float* reads;                // [num_rows, width]
   int64_t num_rows, num_reqs;
   const int32_t* order;  // [num_reqs] requests by ascending context: whoever writes a shared page runs first

@@ -169,6 +169,12 @@ void resume(const Shape& shape, Span span, const Pages& pages, const int32_t* bl
   run(shape, span, count, nullptr, pages.log(block, shape, 0), nullptr, state);
 }
 
+// Whether a token reads only, wherever the request's limit lies.
+inline bool masked(const ScanArgs& args, int64_t block, int64_t slot) {
+  const int64_t words = (args.pages.block_size + 31) / 32;
+  return args.unwritten[block * words + slot / 32] >> (slot % 32) & 1;
+}
+
 void page_scan(const Shape& shape, const ScanArgs& args) {
   const Span span = span_for(shape);
   const int64_t width = shape.width(), columns = shape.projected_columns(), log_columns = shape.log_columns();
@@ -195,7 +201,8 @@ void page_scan(const Shape& shape, const ScanArgs& args) {
       float* log = args.pages.log(block, shape, slot);
       for (int64_t t = 0; t < n; t++) {
         widen(args.projected, args.dtype, (token + t) * columns, columns, row);
-        activate(shape, args.bias, row, q + t * width, log + t * log_columns, position + t < limit);
+        const bool write = position + t < limit && !masked(args, block, slot + t);
+        activate(shape, args.bias, row, q + t * width, log + t * log_columns, write);
       }
       run(shape, span, n, q, log, args.reads + token * width, state);
       token += n;

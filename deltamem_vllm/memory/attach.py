@@ -15,7 +15,7 @@ from deltamem_vllm.adapter.weights import Adapter, LayerWeights, load_adapter
 from deltamem_vllm.config import Settings, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.memory.layer import MemoryLayer, attach
-from deltamem_vllm.memory.pages import SUFFIX, StatePages, WriteLimits
+from deltamem_vllm.memory.pages import SUFFIX, StatePages, WriteMasks
 from deltamem_vllm.memory.preflight import backbone_shape
 from deltamem_vllm.memory.scan import kernels_for
 
@@ -55,14 +55,14 @@ def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, 
     device = torch.device(str(vllm_config.device_config.device))
     dtype: Any = vllm_config.model_config.dtype
     kernels = kernels_for(device, settings.kernel)
-    limits = WriteLimits()
+    masks = WriteMasks()
     wrapped = 0
     for name, module in list(model.named_modules()):
         found = _LAYER.search(name)
         if not found or found[2] not in adapter.config.target_modules or int(found[1]) not in adapter.layers:
             continue
         layer, sizes = _shard(name, module, adapter, adapter.layers[int(found[1])])
-        pages = StatePages(f"{name}.{SUFFIX}", int(found[1]), adapter.shape, kernels, limits, vllm_config)
+        pages = StatePages(f"{name}.{SUFFIX}", int(found[1]), adapter.shape, kernels, masks, vllm_config)
         memory = MemoryLayer(layer, pages, adapter.config.scaling, dtype, device)
         attach(module, memory, frozenset(adapter.config.delta_heads), sizes)
         wrapped += 1

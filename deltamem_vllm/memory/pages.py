@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from deltamem_vllm import compat
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.paged import WRITE_ALL, PagedOps
+from deltamem_vllm.ops.paged import WRITE_ALL, PagedOps, mask_words
 
 SUFFIX = "deltamem"
 SMALLEST_KERNEL_BLOCK = 16
@@ -85,23 +85,27 @@ class PageBackend(AttentionBackend):
         return tuple(layout for layout in KVCacheLayout if layout.is_block_compact)
 
 
-class WriteLimits:
-    """Per request: from which position on tokens are only read. One table for all layers of a worker.
+class WriteMasks:
+    """Which tokens are only read. One pair of tables for all layers of a worker.
 
-    The limit is looked up at the request's first block. That is sound because it is part of the prefix-cache salt:
-    requests that share a first block have the same limit.
+    A request's limit is looked up at its first block. That is sound because it is part of the prefix-cache salt:
+    requests that share a first block have the same limit. What is not written before the limit is said per block,
+    and is part of the block's hash: requests that share a block agree on it.
 
     Attributes:
-        table: [kernel blocks] int32; -1 memory off, `WRITE_ALL` everything is written.
+        limits: [kernel blocks] int32; -1 memory off, `WRITE_ALL` no limit.
+        unwritten: [kernel blocks, mask_words] int32, see `deltamem_vllm.ops.paged.Batch`.
     """
 
     def __init__(self) -> None:
-        self.table = torch.empty(0, dtype=torch.int32)
+        self.limits = torch.empty(0, dtype=torch.int32)
+        self.unwritten = torch.empty((0, 0), dtype=torch.int32)
 
-    def resize(self, blocks: int, device: torch.device) -> None:
-        """Make room for ``blocks`` kernel blocks, all of which write until somebody says otherwise."""
-        if self.table.shape[0] < blocks or self.table.device != device:
-            self.table = torch.full((blocks,), WRITE_ALL, dtype=torch.int32, device=device)
+    def resize(self, blocks: int, tokens: int, device: torch.device) -> None:
+        """Make room for ``blocks`` kernel blocks of ``tokens``, all written until somebody says otherwise."""
+        if self.limits.shape[0] < blocks or self.limits.device != device:
+            self.limits = torch.full((blocks,), WRITE_ALL, dtype=torch.int32, device=device)
+            self.unwritten = torch.zeros((blocks, mask_words(tokens)), dtype=torch.int32, device=device)
 
 
 class StatePages(nn.Module, AttentionLayerBase):
@@ -112,7 +116,7 @@ class StatePages(nn.Module, AttentionLayerBase):
         index: the backbone's layer.
         shape: the adapter's memory shape.
         kernels: the paged operators that run on these pages.
-        limits: the worker's shared write limits.
+        masks: the worker's shared write masks.
         vllm_config: the engine's configuration, in whose forward context the layer registers.
 
     Attributes:
@@ -127,12 +131,12 @@ class StatePages(nn.Module, AttentionLayerBase):
         index: int,
         shape: MemoryShape,
         kernels: PagedOps,
-        limits: WriteLimits,
+        masks: WriteMasks,
         vllm_config: VllmConfig,
     ) -> None:
         super().__init__()
         self.prefix, self.index, self.shape = prefix, index, shape
-        self.kernels, self.limits = kernels, limits
+        self.kernels, self.masks = kernels, masks
         self.kv_cache = torch.tensor([])
         self.pages: torch.Tensor | None = None
         self.tokens = 0
@@ -181,7 +185,7 @@ class StatePages(nn.Module, AttentionLayerBase):
         self.tokens = tokens
         self.blocks_per_manager_block = self._manager_block // tokens
         self.pages = view.as_strided((blocks, tokens * floats), (view.stride(0), 1), view.storage_offset())
-        self.limits.resize(blocks, view.device)
+        self.masks.resize(blocks, tokens, view.device)
 
     def base_of(self, kernel_block: int) -> torch.Tensor:
         """[H, r, r] view: the state before the first token of a kernel block."""

@@ -10,7 +10,7 @@ import torch
 from vllm.forward_context import get_forward_context
 
 from deltamem_vllm.ops.dispatch import Preference, select
-from deltamem_vllm.ops.paged import PagedOps
+from deltamem_vllm.ops.paged import Batch, PagedOps
 
 OP = "deltamem::scan"
 
@@ -32,13 +32,16 @@ def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, laye
         projected,
         bias,
         pages.pages,
-        step.block_table,
-        step.query_start_loc,
-        step.seq_lens,
-        pages.limits.table,
+        Batch(
+            step.block_table,
+            step.query_start_loc,
+            step.seq_lens,
+            pages.masks.limits,
+            pages.masks.unwritten,
+            pages.tokens,
+            step.num_reqs,
+        ),
         reads,
-        pages.tokens,
-        step.num_reqs,
     )
 
 

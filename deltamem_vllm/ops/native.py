@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltamem_vllm.ops.layout import UPDATE_MODES, MemoryShape
+from deltamem_vllm.ops.paged import Batch
 
 LIBRARY = "_native.so"
 
@@ -53,28 +54,11 @@ class NativeOps:
         projected: Tensor,
         bias: Tensor,
         pages: Tensor,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
-        write_limit: Tensor,
+        batch: Batch,
         reads: Tensor,
-        block_size: int,
-        num_reqs: int,
     ) -> None:
         """See `PagedOps.page_scan`."""
-        self._scan(
-            projected,
-            bias,
-            pages,
-            block_table,
-            query_start_loc,
-            seq_lens,
-            write_limit,
-            reads,
-            block_size,
-            num_reqs,
-            *_arguments(shape),
-        )
+        self._scan(projected, bias, pages, *batch[:5], reads, *batch[5:], *_arguments(shape))
 
     def page_state(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,35 @@ WRITE_ALL = 2**31 - 1
 WRITE_OFF = -1
 
 PROJECTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Batch(NamedTuple):
+    """Which tokens of one engine step belong to which request, and which of them are written.
+
+    Attributes:
+        block_table: [≥ num_reqs, M] int32, stride(1) = 1: the block of a request's position p is entry p // N.
+        query_start_loc: [≥ num_reqs + 1] int32: request i owns rows start[i] … start[i+1]−1.
+        seq_lens: [≥ num_reqs] int32: tokens of a request, those of this step included.
+        write_limit: [blocks] int32, looked up at a request's first block. Tokens at positions ≥ limit read and are
+            not written; `WRITE_OFF`: no memory; `WRITE_ALL`: nothing is limited.
+        unwritten: [blocks, `mask_words`(N)] int32: bit i of a block's words: the token in slot i of the block reads
+            and is not written.
+        block_size: N, tokens per page.
+        num_reqs: requests in this batch; later rows of the tables are never looked at.
+    """
+
+    block_table: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    write_limit: Tensor
+    unwritten: Tensor
+    block_size: int
+    num_reqs: int
+
+
+def mask_words(block_size: int) -> int:
+    """int32 words that hold one bit per token of a block."""
+    return -(-block_size // 32)
 
 
 class PagedOps(Protocol):
@@ -32,13 +61,8 @@ class PagedOps(Protocol):
         projected: Tensor,
         bias: Tensor,
         pages: Tensor,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
-        write_limit: Tensor,
+        batch: Batch,
         reads: Tensor,
-        block_size: int,
-        num_reqs: int,
     ) -> None:
         """Read, then write, every token of a batch of requests; one layer, one engine step.
 
@@ -51,16 +75,9 @@ class PagedOps(Protocol):
             bias: [bias_columns] fp32.
             pages: [blocks, ≥ content_floats] fp32, stride(1) = 1; any stride(0). Changed in place. Needs no
                 initial value but the base of a request's first page, which the caller seeds.
-            block_table: [≥ num_reqs, M] int32, stride(1) = 1: the block of a request's position p is entry p
-                // N.
-            query_start_loc: [≥ num_reqs + 1] int32: request i owns rows start[i] … start[i+1]−1.
-            seq_lens: [≥ num_reqs] int32: tokens of a request, those of this step included.
-            write_limit: [blocks] int32, looked up at a request's first block. Tokens at positions ≥ limit
-                read and are not written; `WRITE_OFF`: no memory; `WRITE_ALL`: all are written.
+            batch: requests and write masks.
             reads: [≥ T, R] fp32, contiguous, overwritten: S q before the token's own write, zero for rows of
                 no request.
-            block_size: N, tokens per page.
-            num_reqs: requests in this batch; later rows of the tables are never looked at.
         """
         ...
 
@@ -97,19 +114,11 @@ class Request:
     blocks: list[int]
 
 
-def plan_requests(
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    write_limit: Tensor,
-    num_tokens: int,
-    num_blocks: int,
-    block_size: int,
-    num_reqs: int,
-) -> list[Request]:
+def plan_requests(batch: Batch, num_tokens: int, num_blocks: int) -> list[Request]:
     """Check every index a step will use, before the step changes anything; requests without tokens are left
     out, the others sorted by context (see `PagedOps.page_scan`).
     """
+    block_table, query_start_loc, seq_lens, write_limit, _, block_size, num_reqs = batch
     if query_start_loc.shape[0] < num_reqs + 1 or min(seq_lens.shape[0], block_table.shape[0]) < num_reqs:
         raise ValueError(
             f"page_scan: {num_reqs} requests, but query_start_loc has {query_start_loc.shape[0]} entries, "
@@ -144,22 +153,21 @@ def check_page_scan(
     projected: Tensor,
     bias: Tensor,
     pages: Tensor,
-    block_table: Tensor,
-    write_limit: Tensor,
+    batch: Batch,
     reads: Tensor,
-    block_size: int,
 ) -> None:
     """Shapes and dtypes of `page_scan`; raises ValueError naming the tensor."""
     if projected.dtype not in PROJECTED_DTYPES:
         raise ValueError(f"page_scan: projected is {projected.dtype}, expected float32, bfloat16 or float16")
     _check("projected", projected, projected.dtype, (None, shape.projected_columns))
     _check("bias", bias, torch.float32, (shape.bias_columns,))
-    _check("block_table", block_table, torch.int32, (None, None))
-    _check("write_limit", write_limit, torch.int32, (pages.shape[0],))
+    _check("block_table", batch.block_table, torch.int32, (None, None))
+    _check("write_limit", batch.write_limit, torch.int32, (pages.shape[0],))
+    _check("unwritten", batch.unwritten, torch.int32, (pages.shape[0], mask_words(batch.block_size)))
     _check("reads", reads, torch.float32, (None, shape.width))
     if reads.shape[0] < projected.shape[0]:
         raise ValueError(f"page_scan: reads has {reads.shape[0]} rows for {projected.shape[0]} tokens")
-    _check_pages(shape, pages, block_size)
+    _check_pages(shape, pages, batch.block_size)
 
 
 def check_page_state(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltamem_vllm.ops import reference
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.paged import Request, check_page_scan, check_page_state, plan_requests
+from deltamem_vllm.ops.paged import Batch, Request, check_page_scan, check_page_state, plan_requests
 
 
 class TorchOps:
@@ -25,32 +25,18 @@ class TorchOps:
         projected: Tensor,
         bias: Tensor,
         pages: Tensor,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
-        write_limit: Tensor,
+        batch: Batch,
         reads: Tensor,
-        block_size: int,
-        num_reqs: int,
     ) -> None:
         """See `PagedOps.page_scan`."""
-        check_page_scan(shape, projected, bias, pages, block_table, write_limit, reads, block_size)
-        plan = plan_requests(
-            block_table,
-            query_start_loc,
-            seq_lens,
-            write_limit,
-            len(projected),
-            len(pages),
-            block_size,
-            num_reqs,
-        )
+        check_page_scan(shape, projected, bias, pages, batch, reads)
+        plan = plan_requests(batch, len(projected), len(pages))
         reads.zero_()
         for request in plan:
             if request.limit >= 0:
                 rows = slice(request.start, request.stop)
                 activated = reference.activate(shape, projected[rows].float(), bias.float())
-                reads[rows] = _scan_request(shape, activated, pages, request, block_size)
+                reads[rows] = _scan_request(shape, activated, pages, request, batch)
 
     def page_state(
         self,
@@ -75,14 +61,23 @@ def _views(shape: MemoryShape, page: Tensor, block_size: int) -> tuple[Tensor, T
     return base, log
 
 
+def _masked(positions: Tensor, request: Request, batch: Batch) -> Tensor:
+    """bool [tokens]: whose bit is set in `Batch.unwritten`."""
+    pages, slots = positions // batch.block_size - request.first_page, positions % batch.block_size
+    blocks = torch.tensor(request.blocks, device=positions.device)[pages]
+    masked: Tensor = (batch.unwritten[blocks, slots // 32] >> (slots % 32)) & 1 == 1
+    return masked
+
+
 def _scan_request(
-    shape: MemoryShape, activated: reference.Activated, pages: Tensor, request: Request, block_size: int
+    shape: MemoryShape, activated: reference.Activated, pages: Tensor, request: Request, batch: Batch
 ) -> Tensor:
     """Log and read one request's tokens; returns reads [tokens, R]."""
     q, k, v, beta, lam = activated
+    block_size = batch.block_size
     length, context = q.shape[0], request.context
     positions = torch.arange(context, context + length, device=q.device)
-    write = positions < request.limit
+    write = (positions < request.limit) & ~_masked(positions, request, batch)
     rows = reference.log_rows(shape, k, v, beta, lam)
     rows = torch.where(write[:, None], rows, reference.idle_row(shape, rows))
 

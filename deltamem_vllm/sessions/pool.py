@@ -51,7 +51,7 @@ class SessionPool:
 
     def set_limit(self, block: int, limit: int) -> None:
         """From which position on the request that starts at a block only reads."""
-        self.layers[0].limits.table[self.kernel_block(block)] = limit
+        self.layers[0].masks.limits[self.kernel_block(block)] = limit
 
     def take(self, block: int, count: int, slot: int) -> bytes:
         """The state after ``count`` tokens of a block: into a slot, and as bytes of [local layers, H, r, r]."""

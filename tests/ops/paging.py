@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from deltamem_vllm.ops import reference
 from deltamem_vllm.ops.layout import UPDATE_MODES, MemoryShape
-from deltamem_vllm.ops.paged import WRITE_ALL, PagedOps
+from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
 
 UNTOUCHED = 7.0
 GARBAGE = -12345
@@ -73,12 +74,21 @@ class World:
     whole: Tensor = field(init=False)
     pages: Tensor = field(init=False)
     write_limit: Tensor = field(init=False)
+    unwritten: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         width = self.shape.page_floats(self.block_size)
         self.whole = torch.full((self.num_blocks, width + 5), UNTOUCHED)
         self.pages = self.whole[:, :width]
         self.write_limit = torch.full((self.num_blocks,), WRITE_ALL, dtype=torch.int32)
+        self.unwritten = torch.zeros((self.num_blocks, mask_words(self.block_size)), dtype=torch.int32)
+
+    def mask(self, blocks: list[int], positions: Iterable[int]) -> None:
+        """Do not write these positions of a request."""
+        for position in positions:
+            slot = position % self.block_size
+            bit = 1 << slot % 32
+            self.unwritten[blocks[position // self.block_size], slot // 32] |= bit - (1 << 32) * (bit >= 1 << 31)
 
     def seed(self, block: int, state: Tensor, limit: int = WRITE_ALL) -> None:
         self.pages[block, : self.shape.state_floats] = state.flatten()
@@ -108,13 +118,10 @@ class World:
             tokens,
             bias,
             self.pages,
-            table,
-            int32(starts),
-            int32(lengths),
-            self.write_limit,
+            Batch(
+                table, int32(starts), int32(lengths), self.write_limit, self.unwritten, self.block_size, len(requests)
+            ),
             reads,
-            self.block_size,
-            len(requests),
         )
         return reads
 
@@ -143,9 +150,14 @@ def random_inputs(shape: MemoryShape, tokens: int, seed: int = 0) -> tuple[Tenso
 
 
 def truth(
-    shape: MemoryShape, projected: Tensor, bias: Tensor, state: Tensor, limit: int = WRITE_ALL
+    shape: MemoryShape,
+    projected: Tensor,
+    bias: Tensor,
+    state: Tensor,
+    limit: int = WRITE_ALL,
+    masked: Collection[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Reads and final state by the reference in fp64, token positions from 0."""
+    """Reads and final state by the reference in fp64, token positions from 0; ``masked`` ones only read."""
     activated = reference.activate(shape, projected.double(), bias.double())
-    write = torch.arange(len(projected)) < limit
+    write = torch.tensor([position < limit and position not in masked for position in range(len(projected))])
     return reference.scan(shape, *activated, state.double(), write)

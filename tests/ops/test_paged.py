@@ -171,6 +171,28 @@ def test_write_limit_freezes_the_state(ops: PagedOps, shape: MemoryShape) -> Non
             assert torch.equal(frozen, before)
 
 
+@few_shapes
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_masked_tokens_read_and_are_not_written(ops: PagedOps, shape: MemoryShape, block_size: int) -> None:
+    """A hole in the middle of a prompt: as if its tokens had only looked; bit-equal to other tokens in the hole."""
+    projected, bias, state = random_inputs(shape, 40)
+    for holes in ([0], [39], range(5, 9), [*range(10, 33), 35], range(31, 33), range(40)):
+        world = World(shape, block_size)
+        world.seed(BLOCKS[0], state)
+        world.mask(BLOCKS, holes)
+        reads = world.scan(ops, bias, [(projected, 0, BLOCKS)])
+        expected, final = truth(shape, projected, bias, state, masked=list(holes))
+        close(reads, expected, KERNEL_READS)
+        close(world.state_after(ops, BLOCKS, 40), final, KERNEL_STATE)
+        poisoned = projected.clone()
+        poisoned[list(holes), shape.width :] = float("nan")
+        other = World(shape, block_size)
+        other.seed(BLOCKS[0], state)
+        other.mask(BLOCKS, holes)
+        other.scan(ops, bias, [(poisoned, 0, BLOCKS)])
+        assert torch.equal(other.state_after(ops, BLOCKS, 40), world.state_after(ops, BLOCKS, 40))
+
+
 def test_unwritten_tokens_leave_no_trace_of_bad_numbers(ops: PagedOps) -> None:
     shape = make_shape(couple_lambda=False)
     projected, bias, state = random_inputs(shape, 8)

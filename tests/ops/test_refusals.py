@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from deltamem_vllm.ops.paged import WRITE_ALL, PagedOps
+from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps
 from tests.ops.paging import int32, make_shape
 
 SHAPE = make_shape(4)
@@ -21,11 +21,12 @@ def good() -> dict[str, Any]:
         "projected": torch.zeros(5, SHAPE.projected_columns),
         "bias": torch.zeros(SHAPE.bias_columns),
         "pages": torch.full((4, SHAPE.page_floats(N)), 7.0),
+        "reads": torch.full((5, SHAPE.width), 9.0),
         "block_table": int32([[1, 0], [2, 0]]),
         "query_start_loc": int32([0, 3, 5]),
         "seq_lens": int32([3, 2]),
         "write_limit": torch.full((4,), WRITE_ALL, dtype=torch.int32),
-        "reads": torch.full((5, SHAPE.width), 9.0),
+        "unwritten": torch.zeros((4, 1), dtype=torch.int32),
         "block_size": N,
         "num_reqs": 2,
     }
@@ -41,6 +42,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "transposed pages": (lambda a: {"pages": torch.zeros(SHAPE.page_floats(N), 4).T}, "pages"),
     "int64 table": (lambda a: {"block_table": a["block_table"].long()}, "block_table"),
     "limits of other pages": (lambda a: {"write_limit": a["write_limit"][:3]}, "write_limit"),
+    "masks of other pages": (lambda a: {"unwritten": a["unwritten"][:3]}, "unwritten"),
+    "masks of other blocks": (lambda a: {"unwritten": torch.zeros((4, 2), dtype=torch.int32)}, "unwritten"),
     "few reads": (lambda a: {"reads": a["reads"][:4]}, "reads"),
     "too many requests": (lambda a: {"num_reqs": 3}, "3 requests"),
     "rows beyond the tokens": (lambda a: {"query_start_loc": int32([0, 3, 6])}, "request 1"),
@@ -51,7 +54,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda a: {"block_table": int32([[1, 0], [2, 4]]), "seq_lens": int32([3, 9])},
         "request 1 uses block 4",
     ),
-    "no block size": (lambda a: {"block_size": 0}, "block_size|pages"),
+    "no block size": (lambda a: {"block_size": 0}, "block_size|pages|unwritten"),
 }
 
 
@@ -62,7 +65,8 @@ def test_scan_refuses_and_changes_nothing(ops: PagedOps, case: str) -> None:
     arguments.update(change(arguments))
     pages, reads = arguments["pages"].clone(), arguments["reads"].clone()
     with pytest.raises((ValueError, RuntimeError), match=match):
-        ops.page_scan(SHAPE, **arguments)
+        batch = Batch(**{name: arguments.pop(name) for name in Batch._fields})
+        ops.page_scan(SHAPE, batch=batch, **arguments)
     assert torch.equal(arguments["pages"], pages)
     assert torch.equal(arguments["reads"], reads)
 

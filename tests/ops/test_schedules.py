@@ -1,4 +1,4 @@
-"""Random schedules: several requests, chunked, decoded, with rejected drafts and limits, in any order."""
+"""Random schedules: several requests, chunked, decoded, with rejected drafts, limits and masks, in any order."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ def test_any_schedule_gives_the_reads_of_one_whole_scan(ops: PagedOps, shape: Me
     bias = inputs[0][1]
     # room for drafts that overshoot the end
     blocks = [[free.pop() for _ in range((length + 6) // world.block_size + 1)] for length in lengths]
-    for own, limit, (_, _, state) in zip(blocks, limits, inputs, strict=True):
+    masked = [[p for p in range(length) if rng.random() < share] for length, share in zip(lengths, (0, 0, 0.4, 1))]
+    for own, limit, mask, (_, _, state) in zip(blocks, limits, masked, inputs, strict=True):
         world.seed(own[0], state, limit)
+        world.mask(own, mask)
     reads = [torch.full((length, shape.width), float("nan")) for length in lengths]
     done = [0] * len(lengths)
 
@@ -47,7 +49,7 @@ def test_any_schedule_gives_the_reads_of_one_whole_scan(ops: PagedOps, shape: Me
             done[i] += count
 
     for i, (projected, _, state) in enumerate(inputs):
-        expected, final = truth(shape, projected, bias, state, limits[i])
+        expected, final = truth(shape, projected, bias, state, limits[i], masked[i])
         torch.testing.assert_close(reads[i].double(), expected, rtol=0, atol=KERNEL_READS)
         end = world.state_after(ops, blocks[i], lengths[i])
         torch.testing.assert_close(end.double(), final, rtol=0, atol=KERNEL_STATE)
