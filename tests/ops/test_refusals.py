@@ -64,8 +64,8 @@ def test_scan_refuses_and_changes_nothing(ops: PagedOps, case: str) -> None:
     arguments = good()
     arguments.update(change(arguments))
     pages, reads = arguments["pages"].clone(), arguments["reads"].clone()
+    batch = Batch(**{name: arguments.pop(name) for name in Batch._fields})
     with pytest.raises((ValueError, RuntimeError), match=match):
-        batch = Batch(**{name: arguments.pop(name) for name in Batch._fields})
         ops.page_scan(SHAPE, batch=batch, **arguments)
     assert torch.equal(arguments["pages"], pages)
     assert torch.equal(arguments["reads"], reads)

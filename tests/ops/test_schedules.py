@@ -26,7 +26,8 @@ def test_any_schedule_gives_the_reads_of_one_whole_scan(ops: PagedOps, shape: Me
     bias = inputs[0][1]
     # room for drafts that overshoot the end
     blocks = [[free.pop() for _ in range((length + 6) // world.block_size + 1)] for length in lengths]
-    masked = [[p for p in range(length) if rng.random() < share] for length, share in zip(lengths, (0, 0, 0.4, 1))]
+    shares = (0, 0, 0.4, 1)
+    masked = [[p for p in range(n) if rng.random() < share] for n, share in zip(lengths, shares, strict=True)]
     for own, limit, mask, (_, _, state) in zip(blocks, limits, masked, inputs, strict=True):
         world.seed(own[0], state, limit)
         world.mask(own, mask)
