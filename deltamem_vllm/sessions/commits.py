@@ -156,4 +156,5 @@ class Commits:
             updated_at=now,
             tokens=before + len(tokens_fed),
             windows=(last.windows if last else 0) + (grant.plan.kind == "new"),
+            attributes=last.attributes if last else b"",
         )

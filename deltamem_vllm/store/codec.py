@@ -1,15 +1,20 @@
 """A record as bytes that verify themselves.
 
-    magic 8 | format u16 | reserved u16 | metadata length u32 | window length u32 | payload length u32
-    metadata   canonical JSON: all fields of the record but base, end and window
-    window     the packed window
-    payload    safetensors with the tensors base and end, [L, H, r, r] fp32
+    magic 8 | format u16 | reserved u16 | metadata length u32 | middle length u32 | body length u32
+    metadata   canonical JSON: all fields of the record but base, end, window and attributes
+    middle     nothing in format 3; in format 4 what opens the body
+    body       window length u32 | attributes length u32 | window | attributes | payload; in format 4 sealed
     checksum   blake2b-256 (person "deltamem-rec") of everything before it
 
-All integers are little-endian. Lengths are checked against bounds and against each other before anything is
-parsed or allocated; the metadata is parsed only once the checksum is right. Nothing is unpickled. A record
-read under another session's key is refused, because the key is part of it. Format 2, in ``crypto``, seals
-window and payload with AES-GCM; it shares the parts, bounds and checks of this module.
+The payload is safetensors with the tensors base and end, [L, H, r, r] fp32. All integers are little-endian.
+Lengths are checked against bounds and against each other before anything is parsed or allocated; the metadata
+is parsed only once the checksum is right. Nothing is unpickled. A record read under another session's key is
+refused, because the key is part of it. Format 4, in ``crypto``, seals the body with AES-GCM; it shares the
+parts, bounds and checks of this module.
+
+Formats 1 and 2 came before attributes. They are read as they always were, with no attributes, and never
+written: ``reencrypt`` stores such a record in the present format. Format 1 has the window as its middle and the
+payload as its body.
 """
 
 import hashlib
@@ -24,9 +29,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from deltamem_vllm.errors import CorruptRecord
-from deltamem_vllm.store.protocol import Array, Record, SessionKey
+from deltamem_vllm.store.protocol import MAX_ATTRIBUTES_BYTES, Array, Record, SessionKey
 
-FORMAT = 1
+FORMAT = 3
+FIRST_FORMAT = 1
+PLAIN_FORMATS, SEALED_FORMATS = (1, 3), (2, 4)
 MAX_METADATA_BYTES = 16 * 1024
 MAX_WINDOW_BYTES = 16 * 1024
 MAX_STATE_BYTES = 32 * 1024 * 1024
@@ -39,8 +46,16 @@ _HEAD = struct.Struct("<8sHHIII")
 _SUM_BYTES = 32
 _SAFETENSORS_OVERHEAD = 1024  # its header for two tensors takes about 200 bytes
 _SEAL_OVERHEAD = MAX_WINDOW_BYTES + 64  # format 2 has the window, its length and a tag in there too
+_BODY = struct.Struct("<II")
+_TAG_BYTES = 16
 MAX_PAYLOAD_BYTES = 2 * MAX_STATE_BYTES + _SAFETENSORS_OVERHEAD + _SEAL_OVERHEAD
-MAX_RECORD_BYTES = _HEAD.size + MAX_METADATA_BYTES + MAX_WINDOW_BYTES + MAX_PAYLOAD_BYTES + _SUM_BYTES
+"""Bound on the last part of a record of format 1 or 2."""
+MAX_BODY_BYTES = (
+    _BODY.size + MAX_WINDOW_BYTES + MAX_ATTRIBUTES_BYTES + 2 * MAX_STATE_BYTES + _SAFETENSORS_OVERHEAD + _TAG_BYTES
+)
+_MIDDLE = {1: ("window", MAX_WINDOW_BYTES), 2: ("middle", MAX_WINDOW_BYTES), 3: ("middle", 0), 4: ("middle", 128)}
+_LAST = {form: ("payload", MAX_PAYLOAD_BYTES) if form < FORMAT else ("body", MAX_BODY_BYTES) for form in _MIDDLE}
+MAX_RECORD_BYTES = _HEAD.size + MAX_METADATA_BYTES + MAX_WINDOW_BYTES + MAX_BODY_BYTES + _SUM_BYTES
 
 _LAYOUT = re.compile(r"L([1-9]\d{0,3})H([1-9]\d{0,3})r([1-9]\d{0,3})", re.ASCII)
 _INCARNATION = re.compile(r"[0-9a-f]{8,64}", re.ASCII)
@@ -95,7 +110,8 @@ def encode(record: Record) -> bytes:
     Raises:
         CorruptRecord: the record is not valid; the message names the field.
     """
-    return pack(FORMAT, *parts_of(record))
+    metadata, body = parts_of(record)
+    return pack(FORMAT, metadata, b"", body)
 
 
 def decode(data: bytes, *, key: SessionKey | None = None) -> Record:
@@ -112,11 +128,15 @@ def decode(data: bytes, *, key: SessionKey | None = None) -> Record:
     Raises:
         CorruptRecord: naming what failed.
     """
-    return record_of(*unpack(data, FORMAT), key)
+    if format_of(data) == FIRST_FORMAT:
+        metadata, window, payload = unpack(data, FIRST_FORMAT)
+        return record_of(metadata, window, b"", payload, key)
+    metadata, _, body = unpack(data, FORMAT)
+    return record_of(metadata, *split(body), key)
 
 
 class Plain:
-    """Format 1, as a :class:`RecordCodec`: a checksum against damage, nothing against an attacker."""
+    """Format 3, as a :class:`RecordCodec`: a checksum against damage, nothing against an attacker."""
 
     encode = staticmethod(encode)
     decode = staticmethod(decode)
@@ -128,8 +148,8 @@ class Plain:
 PLAIN: RecordCodec = Plain()
 
 
-def parts_of(record: Record) -> tuple[bytes, bytes, bytes]:
-    """Metadata, window and payload of a record that is valid.
+def parts_of(record: Record) -> tuple[bytes, bytes]:
+    """Metadata and body of a record that is valid.
 
     Raises:
         CorruptRecord: it is not; the message names the field.
@@ -139,11 +159,29 @@ def parts_of(record: Record) -> tuple[bytes, bytes, bytes]:
     payload = save({"base": np.ascontiguousarray(record.base), "end": np.ascontiguousarray(record.end)})
     if len(metadata) > MAX_METADATA_BYTES:
         raise CorruptRecord(f"metadata of {len(metadata)} bytes; the limit is {MAX_METADATA_BYTES}")
-    return metadata, record.window, payload
+    lengths = _BODY.pack(len(record.window), len(record.attributes))
+    return metadata, b"".join((lengths, record.window, record.attributes, payload))
+
+
+def split(body: bytes) -> tuple[bytes, bytes, bytes]:
+    """Window, attributes and payload of a body: lengths bounded, the parts not yet looked at.
+
+    Raises:
+        CorruptRecord: naming what failed.
+    """
+    if len(body) < _BODY.size:
+        raise CorruptRecord(f"a body of {len(body)} bytes cannot say what is in it")
+    window_bytes, attributes_bytes = _BODY.unpack_from(body)
+    _bound((("window", window_bytes, MAX_WINDOW_BYTES), ("attributes", attributes_bytes, MAX_ATTRIBUTES_BYTES)))
+    attributes_at = _BODY.size + window_bytes
+    payload_at = attributes_at + attributes_bytes
+    if payload_at > len(body):
+        raise CorruptRecord(f"window and attributes end at byte {payload_at} of a body of {len(body)}")
+    return body[_BODY.size : attributes_at], body[attributes_at:payload_at], body[payload_at:]
 
 
 def pack(form: int, metadata: bytes, middle: bytes, last: bytes) -> bytes:
-    """Three parts with header and checksum. ``middle`` is the window (format 1) or key id and nonce (2)."""
+    """Three parts with header and checksum."""
     data = b"".join((header(form, metadata, len(middle), len(last)), middle, last))
     return data + _checksum(data)
 
@@ -168,31 +206,29 @@ def unpack(data: bytes, form: int) -> tuple[bytes, bytes, bytes]:
     """
     if not _HEAD.size + _SUM_BYTES < len(data) <= MAX_RECORD_BYTES:
         raise CorruptRecord(f"a record has up to {MAX_RECORD_BYTES} bytes and a header, not {len(data)} bytes")
-    magic, version, reserved, metadata_bytes, window_bytes, payload_bytes = _HEAD.unpack_from(data)
+    magic, version, reserved, metadata_bytes, middle_bytes, last_bytes = _HEAD.unpack_from(data)
     if magic != _MAGIC:
         raise CorruptRecord(f"magic {magic!r} is not that of a deltamem record")
     if version != form or reserved:
-        hint = ": it is encrypted, give the store its key" if (form, version) == (1, 2) else ""
-        raise CorruptRecord(f"record format {version}.{reserved}; format {form} is read here{hint}")
-    for name, size, limit in (
-        ("metadata", metadata_bytes, MAX_METADATA_BYTES),
-        ("window", window_bytes, MAX_WINDOW_BYTES),
-        ("payload", payload_bytes, MAX_PAYLOAD_BYTES),
-    ):
-        if size > limit:
-            raise CorruptRecord(f"{name} of {size} bytes; the limit is {limit}")
-    window_at = _HEAD.size + metadata_bytes
-    payload_at = window_at + window_bytes
-    sum_at = payload_at + payload_bytes
+        plain = form in PLAIN_FORMATS
+        hint = ": it is encrypted, give the store its key" if plain and version in SEALED_FORMATS else ""
+        read = " and ".join(map(str, PLAIN_FORMATS if plain else SEALED_FORMATS))
+        raise CorruptRecord(f"record format {version}.{reserved}; formats {read} are read here{hint}")
+    (middle, middle_limit), (last, last_limit) = _MIDDLE[form], _LAST[form]
+    metadata = ("metadata", metadata_bytes, MAX_METADATA_BYTES)
+    _bound((metadata, (middle, middle_bytes, middle_limit), (last, last_bytes, last_limit)))
+    middle_at = _HEAD.size + metadata_bytes
+    last_at = middle_at + middle_bytes
+    sum_at = last_at + last_bytes
     if len(data) != sum_at + _SUM_BYTES:
         raise CorruptRecord(f"the lengths add up to {sum_at + _SUM_BYTES} bytes, the record has {len(data)}")
     if _checksum(data[:sum_at]) != data[sum_at:]:
         raise CorruptRecord("checksum does not match the stored bytes")
-    return data[_HEAD.size : window_at], data[window_at:payload_at], data[payload_at:sum_at]
+    return data[_HEAD.size : middle_at], data[middle_at:last_at], data[last_at:sum_at]
 
 
-def record_of(metadata: bytes, window: bytes, payload: bytes, key: SessionKey | None) -> Record:
-    """The record that three parts make, everything verified.
+def record_of(metadata: bytes, window: bytes, attributes: bytes, payload: bytes, key: SessionKey | None) -> Record:
+    """The record that its parts make, everything verified.
 
     Raises:
         CorruptRecord: naming what failed.
@@ -205,11 +241,18 @@ def record_of(metadata: bytes, window: bytes, payload: bytes, key: SessionKey | 
     if key is not None and own != key:
         raise CorruptRecord(f"the record stored for session {key.session!r} belongs to another session")
     base, end = _parse_payload(payload, parse_layout(fields["layout"]))
-    record = Record(key=own, base=base, end=end, window=window, **fields)
+    record = Record(key=own, base=base, end=end, window=window, attributes=attributes, **fields)
     _check(record)
     if _canonical(record) != metadata:
         raise CorruptRecord("metadata is not in its canonical form")
     return record
+
+
+def _bound(sizes: tuple[tuple[str, int, int], ...]) -> None:
+    """Refuse a part that is over its limit; (name, bytes, limit) of each."""
+    for name, size, limit in sizes:
+        if size > limit:
+            raise CorruptRecord(f"{name} of {size} bytes; the limit is {limit}")
 
 
 def _checksum(data: bytes) -> bytes:
@@ -217,7 +260,7 @@ def _checksum(data: bytes) -> bytes:
 
 
 def _canonical(record: Record) -> bytes:
-    """All fields but the states and the window as JSON with sorted keys and no spaces."""
+    """All fields but the states, the window and the attributes as JSON with sorted keys and no spaces."""
     key = {"tenant": record.key.tenant, "session": record.key.session}
     fields = {name: kind(getattr(record, name)) for name, kind in _FIELDS.items() if name not in key} | key
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
@@ -264,8 +307,11 @@ def _check(record: Record) -> None:
         largest = float(np.abs(state).max())
         if not largest <= MAX_ABS:  # also true for NaN
             raise CorruptRecord(f"{name} holds {largest:g}; entries must be finite and at most {MAX_ABS:g}")
-    if len(record.window) > MAX_WINDOW_BYTES:
-        raise CorruptRecord(f"window of {len(record.window)} bytes; the limit is {MAX_WINDOW_BYTES}")
+    for name, limit in (("window", MAX_WINDOW_BYTES), ("attributes", MAX_ATTRIBUTES_BYTES)):
+        part = getattr(record, name)
+        if not isinstance(part, bytes):
+            raise CorruptRecord(f"{name} must be bytes, not {type(part).__name__}")
+        _bound(((name, len(part), limit),))
     for name, least in (("version", 1), ("tokens", 0), ("windows", 0)):
         if not least <= getattr(record, name) <= _INT_MAX:
             raise CorruptRecord(f"{name} {getattr(record, name)} is not in [{least}, 2**63)")

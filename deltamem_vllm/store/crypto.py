@@ -1,14 +1,15 @@
 """Encryption of records at rest: AES-256-GCM, with everything that says whose record it is authenticated.
 
-Format 2 of a record (see ``codec`` for the frame, its bounds and its checksum):
+Format 4 of a record (see ``codec`` for the frame, its bounds and its checksum):
 
-    head       as in format 1, format number 2
-    metadata   as in format 1, readable: tenant, session, version, incarnation, request id, …
+    head       as in format 3, format number 4
+    metadata   as in format 3, readable: tenant, session, version, incarnation, request id, …
     middle     key id, NUL, nonce (12 random bytes)
-    sealed     AES-GCM of: window length u32 | window | payload; with its tag of 16 bytes
+    sealed     AES-GCM of the body of format 3: window, attributes and payload; with its tag of 16 bytes
 
 The associated data are all bytes before ``sealed``. So sealed bytes that are moved under another session, another
-version or another key id do not open. A row put back as it was before is what ``verify`` looks for.
+version, another key id or another format do not open. Format 2 came before attributes and is read, never written:
+it seals window length u32 | window | payload. A row put back as it was before is what ``verify`` looks for.
 
 Keys come from a :class:`KeyRing`: the first one writes, all of them read. To rotate: put a new key in front,
 restart the servers, run ``reencrypt``, remove the old key. One key should seal at most 2**32 records, the usual
@@ -38,7 +39,8 @@ from deltamem_vllm.store.protocol import Record, SessionKey
 
 logger = logging.getLogger("vllm.deltamem")
 
-FORMAT = 2
+FORMAT = 4
+FIRST_FORMAT = 2
 KEY_BYTES = 32
 _NONCE_BYTES = 12
 _TAG_BYTES = 16
@@ -159,11 +161,10 @@ class SealedCodec:
         Raises:
             CorruptRecord: the record is not valid; the message names the field.
         """
-        metadata, window, payload = codec.parts_of(record)
-        plain = _WINDOW.pack(len(window)) + window + payload
+        metadata, body = codec.parts_of(record)
         middle = self._writer.encode() + b"\0" + secrets.token_bytes(_NONCE_BYTES)
-        bound = _associated(metadata, middle, len(plain) + _TAG_BYTES)
-        sealed = self._ciphers[self._writer].encrypt(middle[-_NONCE_BYTES:], plain, bound)
+        bound = _associated(FORMAT, metadata, middle, len(body) + _TAG_BYTES)
+        sealed = self._ciphers[self._writer].encrypt(middle[-_NONCE_BYTES:], body, bound)
         return codec.pack(FORMAT, metadata, middle, sealed)
 
     def decode(self, data: bytes, *, key: SessionKey | None = None) -> Record:
@@ -173,33 +174,34 @@ class SealedCodec:
             CorruptRecord: damaged, tampered with, of another session, sealed with a key that the ring lacks, or
                 not encrypted.
         """
-        if codec.format_of(data) == codec.FORMAT:
+        form = codec.format_of(data)
+        if form in codec.PLAIN_FORMATS:
             if not self._accept_plain:
                 raise CorruptRecord(
                     "the record is not encrypted, and the store has a key. If it was written before there was one,"
                     " run reencrypt with accept_plain once"
                 )
             return codec.decode(data, key=key)
-        metadata, middle, sealed = codec.unpack(data, FORMAT)
+        form = FIRST_FORMAT if form == FIRST_FORMAT else FORMAT
+        metadata, middle, sealed = codec.unpack(data, form)
         name = _key_id(middle)
         cipher = self._ciphers.get(name)
         if cipher is None:
             raise CorruptRecord(f"sealed with key {name!r}; the key ring has {', '.join(self._ciphers)}")
         try:
-            plain = cipher.decrypt(middle[-_NONCE_BYTES:], sealed, _associated(metadata, middle, len(sealed)))
+            bound = _associated(form, metadata, middle, len(sealed))
+            body = cipher.decrypt(middle[-_NONCE_BYTES:], sealed, bound)
         except InvalidTag:
             raise CorruptRecord(
                 f"does not open with key {name!r}: the record was tampered with or moved, or the key of that name"
                 " is another one"
             ) from None
-        if len(plain) < _WINDOW.size or _WINDOW.unpack_from(plain)[0] > len(plain) - _WINDOW.size:
-            raise CorruptRecord("the sealed window is longer than the record")
-        end = _WINDOW.size + _WINDOW.unpack_from(plain)[0]
-        return codec.record_of(metadata, plain[_WINDOW.size : end], plain[end:], key)
+        window, attributes, payload = _split_first(body) if form == FIRST_FORMAT else codec.split(body)
+        return codec.record_of(metadata, window, attributes, payload, key)
 
     def current(self, data: bytes) -> bool:
-        """Whether the record is sealed with the key that writes. Trusts nothing: a wrong answer costs one
-        verified rewrite."""
+        """Whether the record is of the present format and sealed with the key that writes. Trusts nothing: a wrong
+        answer costs one verified rewrite."""
         if codec.format_of(data) != FORMAT:
             return False
         try:
@@ -208,9 +210,17 @@ class SealedCodec:
             return False
 
 
-def _associated(metadata: bytes, middle: bytes, sealed_bytes: int) -> bytes:
+def _split_first(body: bytes) -> tuple[bytes, bytes, bytes]:
+    """Window, no attributes, and payload of what format 2 seals."""
+    if len(body) < _WINDOW.size or _WINDOW.unpack_from(body)[0] > len(body) - _WINDOW.size:
+        raise CorruptRecord("the sealed window is longer than the record")
+    end = _WINDOW.size + _WINDOW.unpack_from(body)[0]
+    return body[_WINDOW.size : end], b"", body[end:]
+
+
+def _associated(form: int, metadata: bytes, middle: bytes, sealed_bytes: int) -> bytes:
     """What the seal vouches for beside what it hides: every byte before the sealed ones."""
-    return codec.header(FORMAT, metadata, len(middle), sealed_bytes) + middle
+    return codec.header(form, metadata, len(middle), sealed_bytes) + middle
 
 
 def _key_id(middle: bytes) -> str:

@@ -145,9 +145,20 @@ def check_keep(keep: int) -> int:
     return keep
 
 
+def restored(old: Record, newest: Record, request_id: str) -> Record:
+    """What a rollback commits: the memory of ``old`` with the attributes of ``newest``, one version on."""
+    return dataclasses.replace(
+        old,
+        version=newest.version + 1,
+        request_id=request_id,
+        updated_at=time.time(),
+        attributes=newest.attributes,
+    )
+
+
 def roll_back(store: StateStore, key: SessionKey, version: int, expect: Expect, request_id: str) -> Record:
     """``StateStore.rollback`` by ``get``, ``get_version`` and ``put``. Whoever writes in between wins, and
-    ``put`` says so."""
+    ``put`` says so. So the attributes taken are the newest ones at the moment of the commit too."""
     name = f"session {key.session!r}"
     newest = store.get(key)
     if newest is None:
@@ -166,6 +177,6 @@ def roll_back(store: StateStore, key: SessionKey, version: int, expect: Expect, 
     if old is None or old.incarnation != expect.incarnation:
         kept = ", ".join(str(info.version) for info in store.history(key)) or "none"
         raise VersionNotKept(f"{name} does not keep version {version}; kept are {kept}")
-    made = dataclasses.replace(old, version=expect.version + 1, request_id=request_id, updated_at=time.time())
+    made = restored(old, newest, request_id)
     store.put(made, expect)
     return made

@@ -8,7 +8,18 @@ from dataclasses import dataclass, field, replace
 from deltamem_vllm.errors import StoreError, StoreUnavailable
 from deltamem_vllm.store.codec import PLAIN, RecordCodec
 from deltamem_vllm.store.ledger import View, check_keep, decide, roll_back
-from deltamem_vllm.store.protocol import Expect, Listing, Outcomes, Put, Quota, Record, SessionInfo, SessionKey, Usage
+from deltamem_vllm.store.protocol import (
+    Expect,
+    Listing,
+    Outcomes,
+    Put,
+    Quota,
+    Record,
+    SessionInfo,
+    SessionKey,
+    Usage,
+    id_range,
+)
 from deltamem_vllm.store.verify import Verifier, info_of
 
 
@@ -132,9 +143,10 @@ class MemoryStore:
                     self._usage[key.tenant] = Usage(used.sessions, used.bytes + len(sealed) - len(blob))
         return done
 
-    def list(self, tenant: str, after: str | None = None, limit: int = 100) -> Listing:
+    def list(self, tenant: str, after: str | None = None, limit: int = 100, *, prefix: str | None = None) -> Listing:
+        start, stop = id_range(after, prefix)
         with self._lock:
-            keys = (key for key in self._open() if key.tenant == tenant and (after is None or key.session > after))
+            keys = (key for key in self._open() if key.tenant == tenant and start <= key.session < stop)
             page = sorted(keys)[: max(0, limit)]
             return [max(self._sessions[key].versions.items())[1][0] for key in page]
 

@@ -34,6 +34,7 @@ from deltamem_vllm.store.protocol import (
     SessionInfo,
     SessionKey,
     Usage,
+    id_range,
 )
 from deltamem_vllm.store.verify import Verifier
 
@@ -95,8 +96,8 @@ class PostgresStore:
         rows = self._link.read("read", sql.HISTORY, (key.tenant, key.session, max(0, limit)))
         return [SessionInfo(key, *row) for row in rows]
 
-    def list(self, tenant: str, after: str | None = None, limit: int = 100) -> Listing:
-        rows = self._link.read("list", sql.LIST, (tenant, after or "", max(0, limit)))
+    def list(self, tenant: str, after: str | None = None, limit: int = 100, *, prefix: str | None = None) -> Listing:
+        rows = self._link.read("list", sql.LIST, (tenant, *id_range(after, prefix), max(0, limit)))
         return [SessionInfo(SessionKey(tenant, session), *rest) for session, *rest in rows]
 
     def usage(self, tenant: str) -> Usage:

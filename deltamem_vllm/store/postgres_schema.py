@@ -105,10 +105,15 @@ GET_VERSION = """
     SELECT version, incarnation, request_id, CASE WHEN octet_length(blob) <= %s THEN blob END
     FROM deltamem_versions WHERE tenant = %s AND session = %s AND version = %s
 """
+# OFFSET 0 keeps the planner from joining by a merge, which reads the tenant's versions from the first one on.
 LIST = """
-    SELECT h.session, v.version, v.incarnation, v.created_at, v.updated_at, v.tokens, v.windows, v.bytes
-    FROM deltamem_sessions h JOIN deltamem_versions v USING (tenant, session, version)
-    WHERE h.tenant = %s AND h.session > %s ORDER BY h.session LIMIT %s
+    SELECT h.session, i.*
+    FROM deltamem_sessions h JOIN LATERAL (
+        SELECT v.version, v.incarnation, v.created_at, v.updated_at, v.tokens, v.windows, v.bytes
+        FROM deltamem_versions v
+        WHERE (v.tenant, v.session, v.version) = (h.tenant, h.session, h.version) OFFSET 0
+    ) i ON true
+    WHERE h.tenant = %s AND h.session >= %s AND h.session < %s ORDER BY h.session LIMIT %s
 """
 HISTORY = """
     SELECT version, incarnation, created_at, updated_at, tokens, windows, bytes

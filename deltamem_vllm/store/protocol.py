@@ -14,8 +14,11 @@ Rules that hold for all stores, and that one conformance suite checks:
   sending it again. How durable each store is, and what it may lose: docs/stores.md.
 * A read is verified (see ``codec`` and ``verify``); damaged bytes raise ``CorruptRecord`` and are never
   shown as an empty memory.
-* A store keeps the newest ``keep`` versions of each session. ``rollback`` commits an older one again, as a
-  new version; nothing moves backwards.
+* A store keeps the newest ``keep`` versions of each session. ``rollback`` commits the memory of an older one
+  again, as a new version; nothing moves backwards. **Attributes are not rolled back**: what belongs to the
+  session besides its memory (facts, client metadata) stays as the newest version has it, so that what was
+  erased there does not come back with an older memory. A kept version still holds the attributes it was
+  committed with until it is kept no more; ``delete`` erases all of them.
 * A tenant's sessions and bytes (all kept versions) are counted, and its quota checked, inside the
   transaction that writes.
 """
@@ -32,6 +35,8 @@ from deltamem_vllm.errors import StaleVersion, StoreError
 
 Array = NDArray[np.float32]
 MAX_KEY_BYTES = 256
+MAX_ATTRIBUTES_BYTES = 64 * 1024
+_PAST_ALL = "\U0010ffff" * (MAX_KEY_BYTES // 4 + 1)  # behind every id: the last character, once too often
 
 
 def new_incarnation() -> str:
@@ -92,6 +97,8 @@ class Record:
         updated_at: seconds since the epoch, of this version.
         tokens: tokens written since creation.
         windows: windows opened since creation.
+        attributes: what belongs to the session besides its memory, up to 64 KiB. Opaque to the store, and
+            sealed with the memory where there is a key: it may hold personal data.
     """
 
     key: SessionKey
@@ -108,6 +115,7 @@ class Record:
     updated_at: float
     tokens: int
     windows: int
+    attributes: bytes = b""
 
     @property
     def expect(self) -> Expect:
@@ -214,7 +222,8 @@ class StateStore(Protocol):
         """The kept versions, newest first, the current one included; empty without a session."""
 
     def rollback(self, key: SessionKey, version: int, expect: Expect, request_id: str) -> Record:
-        """Commit the content of a kept version again, as the version after ``expect``.
+        """Commit the memory of a kept version again (base, end, window and what describes them), as the version
+        after ``expect``. The attributes are those of the newest version, never those of the kept one.
 
         Returns:
             the new record. The same call again returns it again and changes nothing.
@@ -245,8 +254,8 @@ class StateStore(Protocol):
         """What a tenant has stored; zeros for one that has nothing."""
 
     def reencrypt(self, batch: int = 100) -> int:
-        """Store every version that is not sealed with the codec's newest key again, sealed with it: by
-        groups, beside running commits. Content and versions stay as they are.
+        """Store every version that is of an older format, or not sealed with the codec's newest key, again as
+        the codec writes now: by groups, beside running commits. Content and versions stay as they are.
 
         Returns:
             how many were stored again. After an error, call it again.
@@ -256,11 +265,48 @@ class StateStore(Protocol):
             done.
         """
 
-    def list(self, tenant: str, after: str | None = None, limit: int = 100) -> Listing:
-        """Up to ``limit`` sessions of a tenant in the order of their ids, from the one behind ``after``."""
+    def list(self, tenant: str, after: str | None = None, limit: int = 100, *, prefix: str | None = None) -> Listing:
+        """Up to ``limit`` sessions of a tenant in the order of their ids (by code points), from the one behind
+        ``after``.
+
+        Args:
+            after: an id, which need not exist; None starts at the first.
+            prefix: only ids that begin with it, every character taken literally; None or "": all.
+
+        Raises:
+            ValueError: ``after`` or ``prefix`` is not valid Unicode or holds a NUL.
+        """
 
     def close(self) -> None:
         """Release files and connections. A second call does nothing."""
+
+
+def id_range(after: str | None, prefix: str | None) -> tuple[str, str]:
+    """The ids that a page of ``list`` may hold, as one range that an index can seek.
+
+    Args:
+        after, prefix: as in ``StateStore.list``.
+
+    Returns:
+        (start, stop): ids with start <= id < stop, compared by code points, which is the order of their UTF-8
+        too. Neither need be an id.
+
+    Raises:
+        ValueError: as ``StateStore.list``.
+    """
+    for name, value in (("after", after), ("prefix", prefix)):
+        try:
+            (value or "").encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} is not valid Unicode: {value!r}") from None
+        if "\0" in (value or ""):
+            raise ValueError(f"{name} must hold no NUL, not {value!r}")
+    start = max(prefix or "", "" if after is None else after + "\x01")  # ids hold no NUL: nothing lies between
+    stem = (prefix or "").rstrip("\U0010ffff")
+    if not stem:
+        return start, _PAST_ALL
+    last = ord(stem[-1]) + 1
+    return start, stem[:-1] + chr(0xE000 if last == 0xD800 else last)  # surrogates are no characters
 
 
 def admit(record: Record, expect: Expect | None, stored: tuple[int, str, str] | None, kept: str | None = None) -> bool:

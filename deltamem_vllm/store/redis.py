@@ -39,6 +39,7 @@ from deltamem_vllm.store.protocol import (
     SessionKey,
     Usage,
     admit,
+    id_range,
 )
 from deltamem_vllm.store.redis_link import Durability, RedisLink
 from deltamem_vllm.store.verify import Verifier, info_of
@@ -106,13 +107,12 @@ class RedisStore:
         infos = sorted((_info(key, meta) for meta in found), key=lambda info: -info.version)
         return infos[: max(0, limit)]
 
-    def list(self, tenant: str, after: str | None = None, limit: int = 100) -> Listing:
+    def list(self, tenant: str, after: str | None = None, limit: int = 100, *, prefix: str | None = None) -> Listing:
+        start, stop = (each.encode() for each in id_range(after, prefix))
         if limit <= 0:
             return []
-        start = "-" if after is None else b"(" + after.encode()
-        names = self._link.run(
-            "list", lambda: self._link.client.zrangebylex(self._key(b"names", tenant), start, "+", start=0, num=limit)
-        )
+        place, bounds = self._key(b"names", tenant), (b"[" + start, b"(" + stop)
+        names = self._link.run("list", lambda: self._link.client.zrangebylex(place, *bounds, start=0, num=limit))
         keys = [SessionKey(tenant, name.decode()) for name in names]
         if not keys:
             return []
@@ -125,7 +125,7 @@ class RedisStore:
 
         infos = [_info(key, meta) for key, meta in zip(keys, self._link.run("list", heads), strict=True) if meta]
         # Sessions that went between the two steps: an empty page would look like the end.
-        return infos or self.list(tenant, keys[-1].session, limit)
+        return infos or self.list(tenant, keys[-1].session, limit, prefix=prefix)
 
     def usage(self, tenant: str) -> Usage:
         key = self._key(b"used", tenant)

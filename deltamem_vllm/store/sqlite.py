@@ -38,6 +38,7 @@ from deltamem_vllm.store.protocol import (
     SessionInfo,
     SessionKey,
     Usage,
+    id_range,
 )
 from deltamem_vllm.store.sqlite_file import create_private, retry_busy, translated
 from deltamem_vllm.store.verify import Verifier
@@ -112,8 +113,8 @@ class SQLiteStore:
         rows = self._read("read", sqlite_schema.HISTORY, (key.tenant, key.session, max(0, limit)))
         return [SessionInfo(key, *row) for row in rows]
 
-    def list(self, tenant: str, after: str | None = None, limit: int = 100) -> Listing:
-        rows = self._read("list", sqlite_schema.LIST, (tenant, after or "", max(0, limit)))
+    def list(self, tenant: str, after: str | None = None, limit: int = 100, *, prefix: str | None = None) -> Listing:
+        rows = self._read("list", sqlite_schema.LIST, (tenant, *id_range(after, prefix), max(0, limit)))
         return [SessionInfo(SessionKey(tenant, session), *rest) for session, *rest in rows]
 
     def usage(self, tenant: str) -> Usage:

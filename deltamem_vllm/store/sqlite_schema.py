@@ -100,7 +100,7 @@ _INFO = "v.version, v.incarnation, v.created_at, v.updated_at, v.tokens, v.windo
 LIST = f"""
     SELECT h.session, {_INFO}
     FROM sessions h JOIN versions v ON (v.tenant, v.session, v.version) = (h.tenant, h.session, h.version)
-    WHERE h.tenant = ? AND h.session > ? ORDER BY h.session LIMIT ?
+    WHERE h.tenant = ? AND h.session >= ? AND h.session < ? ORDER BY h.session LIMIT ?
 """
 HISTORY = f"SELECT {_INFO} FROM versions v WHERE tenant = ? AND session = ? ORDER BY version DESC LIMIT ?"
 SWEEP = """

@@ -90,7 +90,7 @@ class Verifier:
         return record
 
     def sealed_again(self, key: SessionKey, row: Row, blob: bytes) -> bytes | None:
-        """The record sealed with the newest key; None if it is already.
+        """The record in the present format, sealed with the newest key; None if it is already.
 
         Raises:
             CorruptRecord: as :meth:`newest`.

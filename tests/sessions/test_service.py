@@ -1,6 +1,7 @@
 """The session service on its own loop: admission, commits, and everything that can come between them."""
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,24 @@ def test_a_conversation(store_url: str) -> None:
         info = await service.info(key("s"))
         assert info is not None
         assert (info["tokens"], info["windows"], info["window_tokens"]) == (8, 2, 2)
+
+    drive(make_service(store_url), scenario)
+
+
+def test_turns_keep_what_belongs_to_the_session_besides_its_memory(store_url: str) -> None:
+    async def scenario(service: SessionService) -> None:
+        await turn(service, "s", [1, 2, 3], [4, 5])
+        made = service.store.get(key("s"))
+        assert made is not None
+        assert made.attributes == b""
+        told = dataclasses.replace(made, version=2, request_id="told", attributes=b"pinned facts")
+        service.store.put(told, made.expect)
+        for prompt in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [9, 9]):  # extends, replaces, opens a window
+            assert (await turn(service, "s", prompt, [8]))["status"] == "committed"
+            found = service.store.get(key("s"))
+            assert found is not None
+            assert found.attributes == b"pinned facts"
+        assert found.version == 5
 
     drive(make_service(store_url), scenario)
 

@@ -59,7 +59,7 @@ def reads_what_was_written(open_: Open) -> None:
     first = record(1)
     store.put(first, None)
     assert same(store.get(KEY), first)
-    second = record(2, end=np.full((3, 1, 8, 8), -1e6, np.float32), window=b"")
+    second = record(2, end=np.full((3, 1, 8, 8), -1e6, np.float32), window=b"", attributes=bytes(range(256)) * 256)
     store.put(second, first.expect)
     assert same(store.get(KEY), second)
     back = store.get(KEY)
@@ -200,6 +200,47 @@ def lists_by_tenant_in_pages(open_: Open) -> None:
     assert store.list("tenant", limit=0) == store.list("tenant", limit=-1) == store.list("nobody") == []
 
 
+def lists_by_prefix(open_: Open) -> None:
+    """The ids that begin with the prefix, whatever characters it is made of, in pages."""
+    store = open_()
+    names = ["a", "a%", "a%b", "a_", "a_b", "ab", "abc", "a*", "a[b]", "a?", "a\\", "a\\%", "A%", "b", "'; --", "\x01"]
+    names += [
+        "ü",
+        "üb",
+        "u",
+        "\ud7ff",
+        "\ud7ffx",
+        "\ue000",
+        "\uffff",
+        "\U00010000",
+        "\U0010ffff",
+        "\U0010ffff\U0010ffff",
+    ]
+    names += ["a\U0010ffff", "a\U0010ffffb", "\U0010ffff" * 64, "x" * 256, "a\x01"]
+    assert store.put_many([(record(1, SessionKey("tenant", name), layout="L1H1r2"), None) for name in names]) == [
+        None
+    ] * len(names)
+    store.put(record(1, SessionKey("tenan", "a%c")), None)
+    for prefix in ("", *names, "a%%", "%", "_", "*", "a\U0010ffffbb", "nothing", "\U0010fffe", "x" * 300):
+        wanted = sorted(name for name in names if name.startswith(prefix))
+        assert [info.key.session for info in store.list("tenant", prefix=prefix)] == wanted, prefix
+        paged: list[str] = []
+        while page := store.list("tenant", after=paged[-1] if paged else None, limit=2, prefix=prefix):
+            assert len(page) <= 2
+            paged += [info.key.session for info in page]
+        assert paged == wanted, prefix
+        assert store.list("tenant", limit=0, prefix=prefix) == store.list("nobody", prefix=prefix) == []
+    inside = sorted(name for name in names if name.startswith("a") and name > "a\U0010fffe")
+    assert [info.key.session for info in store.list("tenant", after="a\U0010fffe", prefix="a")] == inside
+    assert [info.key.session for info in store.list("tenant", after="A", prefix="ab")] == ["ab", "abc"]
+    assert store.list("tenant", after="b", prefix="ab") == []
+    for bad in ("\ud800", "a\0"):
+        with pytest.raises(ValueError, match="prefix"):
+            store.list("tenant", prefix=bad)
+        with pytest.raises(ValueError, match="after"):
+            store.list("tenant", after=bad)
+
+
 def refuses_bad_keys(open_: Open) -> None:
     del open_
     for tenant, session in (
@@ -297,6 +338,7 @@ CHECKS: list[Check] = [
     a_group_answers_per_item,
     deletes,
     lists_by_tenant_in_pages,
+    lists_by_prefix,
     refuses_bad_keys,
     a_closed_store_says_so,
     eight_threads_lose_no_update,

@@ -63,7 +63,9 @@ def rolls_back_by_a_new_version(open_: Open) -> None:
     made = commit(store, 4)
     start = time.time()
     back = store.rollback(KEY, 2, made[3].expect, "undo")
-    content = dataclasses.replace(made[1], version=5, request_id="undo", updated_at=back.updated_at)
+    content = dataclasses.replace(
+        made[1], version=5, request_id="undo", updated_at=back.updated_at, attributes=made[3].attributes
+    )
     assert encode(back) == encode(content)
     assert start <= back.updated_at <= time.time()
     assert same(store.get(KEY), back)
@@ -73,6 +75,31 @@ def rolls_back_by_a_new_version(open_: Open) -> None:
     assert store.usage("tenant").bytes == sum(info.bytes for info in store.history(KEY))
     store.put(record(6, tokens=1), back.expect)
     assert np.array_equal(store.rollback(KEY, 6, record(6).expect, "same").end, record(6).end)
+
+
+def rolls_back_the_memory_and_not_the_attributes(open_: Open) -> None:
+    """What was erased from the attributes must not come back with an older memory."""
+    store = open_(keep=4)
+    facts = b"The user is called Ada Lovelace."
+    told = record(1, attributes=facts)
+    store.put(told, None)
+    erased = record(2, attributes=b"")
+    store.put(erased, told.expect)
+    back = store.rollback(KEY, 1, erased.expect, "undo")
+    assert back.attributes == b""
+    for name in ("base", "end"):
+        assert np.array_equal(getattr(back, name), getattr(told, name))
+    assert back.window == told.window
+    store = open_(keep=4)
+    assert same(store.get(KEY), back)
+    said = record(4, attributes=b"The user likes tea.")
+    store.put(said, back.expect)
+    again = store.rollback(KEY, 2, said.expect, "redo")
+    assert again.attributes == said.attributes, "what was added since stays too"
+    assert np.array_equal(again.end, erased.end)
+    kept = store.get_version(KEY, 2)
+    assert kept is not None
+    assert kept.attributes == b"", "a kept version has its own"
 
 
 def rolls_back_only_from_the_expected_version(open_: Open) -> None:
@@ -185,6 +212,7 @@ CHECKS: list[Check] = [
     keeps_the_last_versions,
     keeps_what_the_newest_writer_is_told_to,
     rolls_back_by_a_new_version,
+    rolls_back_the_memory_and_not_the_attributes,
     rolls_back_only_from_the_expected_version,
     history_belongs_to_one_life,
     expires_idle_sessions,

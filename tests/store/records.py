@@ -14,7 +14,7 @@ KEY = SessionKey("tenant", "session")
 def record(version: int = 1, key: SessionKey = KEY, *, seed: int = 0, layout: str = "L3H1r8", **fields: Any) -> Record:
     """Version ``version`` of a session; ``seed`` tells writers apart."""
     layers, heads, rank = (int(part) for part in layout.replace("L", "").replace("H", " ").replace("r", " ").split())
-    rng = np.random.default_rng([version, seed])
+    rng = np.random.default_rng([version, seed])  # what is drawn, and in which order, is fixed by the golden files
     base, end = rng.standard_normal((2, layers, heads, rank, rank), dtype=np.float32)
     made = Record(
         key=key,
@@ -31,5 +31,6 @@ def record(version: int = 1, key: SessionKey = KEY, *, seed: int = 0, layout: st
         updated_at=1_700_000_000.25 + version,
         tokens=10 * version,
         windows=1,
+        attributes=bytes(rng.integers(0, 256, 21, dtype=np.uint8)),
     )
     return dataclasses.replace(made, **fields)

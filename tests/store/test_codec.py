@@ -16,7 +16,8 @@ from safetensors.numpy import save
 from deltamem_vllm.errors import CorruptRecord
 from deltamem_vllm.store import codec
 from deltamem_vllm.store.codec import decode, encode, parse_layout
-from deltamem_vllm.store.protocol import Record, SessionKey
+from deltamem_vllm.store.protocol import MAX_ATTRIBUTES_BYTES, Record, SessionKey
+from tests.store.old_formats import format1
 from tests.store.records import INCARNATION, KEY, record
 
 NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
@@ -29,8 +30,14 @@ def reseal(body: bytes) -> bytes:
     return body + hashlib.blake2b(body, digest_size=32, person=b"deltamem-rec").digest()
 
 
-def rebuild(made: bytes, *, metadata: Callable[[bytes], bytes] | None = None, payload: bytes | None = None) -> bytes:
-    """The record with other metadata or another payload, lengths and checksum right."""
+def rebuild(
+    made: bytes,
+    *,
+    metadata: Callable[[bytes], bytes] | None = None,
+    payload: bytes | None = None,
+    body: bytes | None = None,
+) -> bytes:
+    """The record with other metadata, another payload or another body, lengths and checksum right."""
     magic, version, reserved, m, w, _ = HEAD.unpack_from(made)
     parts = [
         made[HEAD.size : HEAD.size + m],
@@ -38,7 +45,10 @@ def rebuild(made: bytes, *, metadata: Callable[[bytes], bytes] | None = None, pa
         made[HEAD.size + m + w : -32],
     ]
     parts[0] = metadata(parts[0]) if metadata else parts[0]
-    parts[2] = parts[2] if payload is None else payload
+    if payload is not None:
+        window, attributes, _ = codec.split(parts[2])
+        body = parts[2][: 8 + len(window) + len(attributes)] + payload
+    parts[2] = parts[2] if body is None else body
     return reseal(HEAD.pack(magic, version, reserved, *map(len, parts)) + b"".join(parts))
 
 
@@ -68,6 +78,7 @@ def test_round_trip_of_the_bounds() -> None:
         key,
         updated_at=0.0,
         window=b"",
+        attributes=b"",
         request_id="x" * 256,
         adapter="",
         model="",
@@ -136,6 +147,8 @@ def poisoned(value: float) -> np.ndarray[Any, np.dtype[np.float32]]:
         ({"incarnation": "XYZ"}, "incarnation"),
         ({"incarnation": INCARNATION + "\n"}, "incarnation"),
         ({"window": bytes(codec.MAX_WINDOW_BYTES + 1)}, "window"),
+        ({"attributes": bytes(MAX_ATTRIBUTES_BYTES + 1)}, "attributes of 65537"),
+        ({"attributes": bytearray(3)}, "attributes must be bytes"),
     ],
 )
 def test_encode_refuses(fields: dict[str, Any], what: str) -> None:
@@ -151,16 +164,31 @@ def test_decode_names_what_failed() -> None:
         head = dict(zip(("magic", "version", "reserved", "m", "w", "p"), HEAD.unpack_from(good), strict=True))
         return reseal(HEAD.pack(*(head | changes).values()) + body[HEAD.size :])
 
+    def in_body(new: bytes, at: int) -> bytes:
+        body = codec.unpack(good, 3)[2]
+        return rebuild(good, body=body[:at] + new + body[at + len(new) :])
+
     nan = {"base": state, "end": poisoned(math.nan)}
     for bad, what in (
         (b"", "bytes"),
         (bytes(codec.MAX_RECORD_BYTES + 1), "bytes"),
         (with_head(magic=b"DMEMREC\r"), "magic"),
-        (with_head(version=2), "format 2"),
-        (with_head(reserved=1), "format 1.1"),
+        (with_head(version=4), "format 4.0; formats 1 and 3 are read here: it is encrypted"),
+        (with_head(version=5), "format 5.0; formats 1 and 3 are read here$"),
+        (with_head(reserved=1), "format 3.1"),
         (with_head(m=2**32 - 1), "metadata of 4294967295"),
-        (with_head(w=2**31), "window of"),
-        (with_head(p=2**31), "payload of"),
+        (with_head(w=1), "middle of 1 bytes; the limit is 0"),
+        (with_head(version=1, w=2**31), "window of"),
+        (with_head(version=1, p=2**31), "payload of"),
+        (with_head(p=2**31), "body of"),
+        (in_body(b"\xff\xff\xff\xff", 0), "window of 4294967295"),
+        (in_body(struct.pack("<I", codec.MAX_WINDOW_BYTES + 1), 0), "window of 16385"),
+        (in_body(b"\xff\xff\xff\xff", 4), "attributes of 4294967295"),
+        (in_body(struct.pack("<I", MAX_ATTRIBUTES_BYTES + 1), 4), "attributes of 65537"),
+        (in_body(struct.pack("<I", MAX_ATTRIBUTES_BYTES), 4), "attributes end at byte"),
+        (in_body(struct.pack("<I", 22), 4), "payload"),
+        (rebuild(good, body=bytes(7)), "a body of 7 bytes"),
+        (rebuild(good, body=bytes(8)), "a payload of 0 bytes"),
         (with_head(m=5), "lengths add up"),
         (good[:-1], "lengths add up"),
         (good[:100] + bytes([good[100] ^ 1]) + good[101:], "checksum"),
@@ -212,9 +240,10 @@ def accepted(read: Callable[[bytes], Record], rounds: int) -> int:
     """How many of ``rounds`` damaged records ``read`` takes. Anything but CorruptRecord fails the test."""
     rng = random.Random(5)
     good = [encode(record(layout=layout)) for layout in ("L3H1r8", "L1H1r2")]
+    good.append(format1(record(layout="L1H1r2")))
     taken = 0
     for turn in range(rounds):
-        data = good[turn % 2]
+        data = good[turn % 3]
         bad = mutate(data, rng)
         if bad == data:
             continue
@@ -240,6 +269,39 @@ def test_fuzz_with_a_right_checksum_never_crashes() -> None:
         return made
 
     accepted(read, MUTATIONS)
+
+
+def test_fuzz_of_the_lengths_inside_a_body() -> None:
+    """Every pair of lengths a hostile body can claim: bounded before anything is cut out, and what is taken has the
+    same content as what was written."""
+    rng = random.Random(6)
+    good = codec.unpack(encode(record(layout="L1H1r2")), 3)[2]
+    window, attributes, payload = codec.split(good)
+    sizes = [
+        0,
+        1,
+        len(window),
+        len(attributes),
+        codec.MAX_WINDOW_BYTES,
+        MAX_ATTRIBUTES_BYTES,
+        len(good),
+        2**31,
+        2**32 - 1,
+    ]
+    for _ in range(MUTATIONS):
+        lengths = [max(0, min(2**32 - 1, rng.choice(sizes) + rng.randint(-2, 2))) for _ in range(2)]
+        body = struct.pack("<II", *lengths) + good[8 : rng.choice([len(good), rng.randrange(8, len(good))])]
+        fits = lengths[0] <= codec.MAX_WINDOW_BYTES and lengths[1] <= MAX_ATTRIBUTES_BYTES
+        fits = fits and 8 + sum(lengths) <= len(body)
+        try:
+            parts = codec.split(body)
+        except CorruptRecord:
+            assert not fits
+            continue
+        assert fits
+        assert [len(part) for part in parts] == [*lengths, len(body) - 8 - sum(lengths)]
+        assert b"".join(parts) == body[8:]
+    assert codec.split(good) == (window, attributes, payload)
 
 
 def test_fuzz_catches_a_skipped_checksum(monkeypatch: pytest.MonkeyPatch) -> None:

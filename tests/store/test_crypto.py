@@ -20,6 +20,7 @@ from deltamem_vllm.store.protocol import Record, SessionKey, StateStore
 from deltamem_vllm.store.sqlite import SQLiteStore
 from deltamem_vllm.store.verify import Verifier
 from tests.store import conformance, conformance_kept
+from tests.store.old_formats import format1, format2
 from tests.store.records import KEY, record
 from tests.store.test_codec import mutate, reseal
 
@@ -65,6 +66,7 @@ def test_round_trip_hides_the_states() -> None:
     assert data != sealed.encode(made)
     assert made.end.tobytes()[:16] not in data
     assert made.window not in data
+    assert made.attributes not in data
     assert len(data) - len(encode(made)) < 64
 
 
@@ -81,22 +83,25 @@ def rows() -> list[Record]:
 def attack(stored: dict[int, bytes], at: int, rng: random.Random) -> bytes:
     """Bytes that an attacker without the key can make, for the row ``at``: never those that belong there."""
     own, other = stored[at], stored[rng.choice([each for each in stored if each != at])]
-    mine, theirs = (codec.unpack(each, 2) for each in (own, other))
-    match rng.randrange(7):
+    mine, theirs = (codec.unpack(each, 4) for each in (own, other))
+    match rng.randrange(8):
         case 0:  # another row's record
             return other
         case 1:  # another row's sealed bytes under this row's metadata, with their nonce
-            return codec.pack(2, mine[0], theirs[1], theirs[2])
+            return codec.pack(4, mine[0], theirs[1], theirs[2])
         case 2:  # … with this row's nonce
-            return codec.pack(2, mine[0], mine[1], theirs[2])
+            return codec.pack(4, mine[0], mine[1], theirs[2])
         case 3:  # this row's sealed bytes, its metadata changed
             field = rng.choice([b'"tokens":', b'"windows":', b'"updated_at":'])
-            return codec.pack(2, mine[0].replace(field, field + b"1"), mine[1], mine[2])
+            return codec.pack(4, mine[0].replace(field, field + b"1"), mine[1], mine[2])
         case 4:  # downgrade: an unencrypted record of the attacker's own
             made = rows()[at]
-            return encode(dataclasses.replace(made, end=np.full(made.end.shape, rng.random(), np.float32)))
+            made = dataclasses.replace(made, end=np.full(made.end.shape, rng.random(), np.float32))
+            return rng.choice((encode, format1))(made)
         case 5:  # the other row's metadata and sealed bytes, this row's key id and nonce
-            return codec.pack(2, theirs[0], mine[1], theirs[2])
+            return codec.pack(4, theirs[0], mine[1], theirs[2])
+        case 6:  # this row's sealed bytes as those of another format
+            return codec.pack(2, *mine)
         case _:  # a bit of the sealed bytes
             bad = bytearray(own)
             bad[-33 - rng.randrange(len(mine[2]))] ^= 1 << rng.randrange(8)
@@ -308,8 +313,9 @@ def test_fuzz_damage_is_always_refused() -> None:
     rng = random.Random(8)
     sealed = SealedCodec(A)
     good = [sealed.encode(record(layout=layout)) for layout in ("L3H1r8", "L1H1r2")]
+    good.append(format2(record(layout="L1H1r2"), A))
     for turn in range(FUZZ):
-        data = good[turn % 2]
+        data = good[turn % 3]
         bad = mutate(data, rng)
         for each in (bad, reseal(bad[:-32])):
             if each != data:

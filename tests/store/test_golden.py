@@ -10,9 +10,10 @@ import pytest
 from deltamem_vllm.store import codec, crypto, sqlite_schema
 from deltamem_vllm.store.codec import PLAIN, decode, encode
 from deltamem_vllm.store.crypto import SealedCodec
-from deltamem_vllm.store.protocol import SessionKey, Usage
+from deltamem_vllm.store.protocol import Record, SessionKey, Usage
 from deltamem_vllm.store.sqlite import SQLiteStore
 from tests.store import conformance
+from tests.store.old_formats import format1
 from tests.store.records import KEY, record
 from tests.store.test_crypto import A
 
@@ -20,24 +21,40 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_every_format_and_schema_has_a_golden_file() -> None:
-    assert (codec.FORMAT, crypto.FORMAT) == (1, 2)
+    assert (codec.FORMAT, crypto.FORMAT) == (3, 4)
     assert {each.name for each in GOLDEN.iterdir()} == {
         "record-format1.bin",
         "record-format2.bin",
+        "record-format3.bin",
+        "record-format4.bin",
         *(f"schema{version}.db" for version in range(1, len(sqlite_schema.MIGRATIONS))),
     }
 
 
 def test_format_1() -> None:
     data = (GOLDEN / "record-format1.bin").read_bytes()
-    assert conformance.same(decode(data, key=KEY), record(7))
-    assert encode(record(7)) == data, "the codec writes other bytes than it did"
+    assert codec.format_of(data) == 1
+    assert conformance.same(decode(data, key=KEY), record(7, attributes=b""))
+    assert format1(record(7)) == data, "the tests write other bytes than version 1 did"
 
 
 def test_format_2() -> None:
     data = (GOLDEN / "record-format2.bin").read_bytes()
-    assert conformance.same(SealedCodec(A).decode(data, key=KEY), record(7))
+    assert conformance.same(SealedCodec(A).decode(data, key=KEY), record(7, attributes=b""))
     assert codec.format_of(data) == 2
+
+
+def test_format_3() -> None:
+    data = (GOLDEN / "record-format3.bin").read_bytes()
+    assert codec.format_of(data) == 3
+    assert conformance.same(decode(data, key=KEY), record(7))
+    assert encode(record(7)) == data, "the codec writes other bytes than it did"
+
+
+def test_format_4() -> None:
+    data = (GOLDEN / "record-format4.bin").read_bytes()
+    assert codec.format_of(data) == 4
+    assert conformance.same(SealedCodec(A).decode(data, key=KEY), record(7))
 
 
 def open_old(folder: Path, codec: codec.RecordCodec = PLAIN) -> SQLiteStore:
@@ -47,12 +64,16 @@ def open_old(folder: Path, codec: codec.RecordCodec = PLAIN) -> SQLiteStore:
     return SQLiteStore(path, codec=codec)
 
 
+def old_record(version: int, key: SessionKey) -> Record:
+    return record(version, key, layout="L1H1r2", attributes=b"")
+
+
 def check_sessions(store: SQLiteStore) -> None:
     for tenant in ("tenant", "other"):
         infos = store.list(tenant)
         assert [(info.key.session, info.version) for info in infos] == [("s0", 1), ("s1", 2), ("s2", 3)]
         for info in infos:
-            assert conformance.same(store.get(info.key), record(info.version, info.key, layout="L1H1r2"))
+            assert conformance.same(store.get(info.key), old_record(info.version, info.key))
             assert store.history(info.key) == [info]
         assert store.usage(tenant) == Usage(3, sum(info.bytes for info in infos))
 
@@ -68,6 +89,7 @@ def test_schema_1_is_migrated(tmp_path: Path) -> None:
     check_sessions(store)
     key = SessionKey("tenant", "s2")
     store.put(record(4, key, layout="L1H1r2"), record(3).expect)
+    assert store.reencrypt() == 6, "the file's own records are of format 1, and the new one is not"
     assert [info.version for info in store.history(key)] == [4, 3]
     assert store.expire(1e10, 0.0) == 6
     store.close()

@@ -148,7 +148,8 @@ class Machine(RuleBasedStateMachine):
             return
         made = self.store.rollback(last.key, last.version - back, last.expect, request)
         old = versions[-1 - back]
-        wanted = dataclasses.replace(old, version=last.version + 1, request_id=request, updated_at=made.updated_at)
+        new = {"version": last.version + 1, "request_id": request, "updated_at": made.updated_at}
+        wanted = dataclasses.replace(old, attributes=last.attributes, **new)
         assert encode(made) == encode(wanted)
         self.store.rollback(last.key, last.version - back, last.expect, request)
         versions.append(made)
