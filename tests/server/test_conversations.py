@@ -34,8 +34,11 @@ from tests.tolerances import SAME_MEMORY
 pytestmark = pytest.mark.timeout(900)  # the first test of each server starts it
 
 TURNS = 30
-SEEDS = range(20) if os.environ.get("DELTAMEM_NIGHTLY") == "1" else (1, 2)
+NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
+SEEDS = range(20) if NIGHTLY else (1, 2)
 CACHING = {"cached": "--enable-prefix-caching", "uncached": "--no-enable-prefix-caching"}
+long = pytest.mark.parametrize("served", CACHING if NIGHTLY else ["cached"], indirect=True, scope="module")
+"""The 30 turns: with caching, at full size also without."""
 
 
 @pytest.fixture(scope="module", params=CACHING)
@@ -62,6 +65,7 @@ def reference() -> Reference:
 # --- 30 turns, everything resent --------------------------------------------------------------------------------------
 
 
+@long
 def test_the_plain_conversation_is_the_references(plainly: Client, reference: Reference) -> None:
     assert len(plainly.left) == TURNS
     assert {left.record.windows for left in plainly.left} == {1}
@@ -75,20 +79,24 @@ def retry_and_leave(client: Client, user: str) -> None:
     (retry, vanish, retry, hang_up)[len(client.left) % 4](client, user)
 
 
+@long
 def test_regenerated_every_third_turn(served: Served, plainly: Client) -> None:
     check_same(converse(Client(served), users(TURNS), every(3, regenerate)), plainly)
 
 
+@long
 def test_retried_and_left(served: Served, plainly: Client) -> None:
     client = converse(Client(served), users(TURNS), retry_and_leave)
     check_same(client, plainly)
     assert client.vanished > 5, "too few requests were left before they were complete"
 
 
+@long
 def test_streamed(served: Served, plainly: Client) -> None:
     check_same(converse(Client(served, streams=True), users(TURNS)), plainly)
 
 
+@long
 @pytest.mark.parametrize("seed", SEEDS)
 def test_everything_mixed(served: Served, plainly: Client, seed: int) -> None:
     client = converse(Client(served, rng=random.Random(seed)), users(TURNS), mixed(RESENT))
@@ -99,6 +107,7 @@ def test_everything_mixed(served: Served, plainly: Client, seed: int) -> None:
 # --- 30 turns, new messages only --------------------------------------------------------------------------------------
 
 
+@long
 @pytest.mark.parametrize("habit", [None, mixed(NEW_TURNS)], ids=["plainly", "mixed"])
 def test_new_turns_only(served: Served, reference: Reference, habit: Habit | None) -> None:
     """Each window from the state that the one before has left, as plain torch computes it."""

@@ -6,7 +6,7 @@ So one server shows for every bug that the comparisons see it, and in its other 
 * ``only-the-end``: of a window's boundaries only the last is looked at.
 * ``by-count``: a boundary matches by its count, whatever the tokens before it are.
 * ``commit-aborted``: a request is committed although its client has left.
-* ``cut-early``: an answer that a stop string ends is committed one token short.
+* ``cut-early``: an answer that a stop string may end is committed one token short.
 * ``reads-commit``: a request that may only read commits.
 * ``no-turns``: requests of one session do not wait for each other.
 """
@@ -26,7 +26,7 @@ def _bug(session: str) -> str:
 
 def _plant_service(service: Any) -> None:
     windows, Service = service.windows, service.SessionService
-    plan, grant, verdict = windows.plan, Service._grant, Service.verdict
+    plan, grant = windows.plan, Service._grant
 
     async def planted_grant(self: Any, session: Any, ticket: str, mode: str, *rest: Any) -> Any:
         bug = _bug(session.key.session)
@@ -49,13 +49,7 @@ def _plant_service(service: Any) -> None:
                 return windows.Plan("extend" if counts[-1] == window.end.count else "replace", keep, counts[-1])
         return found
 
-    def planted_verdict(self: Any, ticket: str) -> Any:
-        given, tokens = verdict(self, ticket)
-        entry = self._tickets.get(ticket)
-        early = entry is not None and tokens is not None and _bug(entry.grant.key.session) == "cut-early"
-        return given, tokens - 1 if early else tokens
-
-    windows.plan, Service._grant, Service.verdict = planted_plan, planted_grant, planted_verdict
+    windows.plan, Service._grant = planted_plan, planted_grant
 
 
 def _plant_directory(directory: Any) -> None:
@@ -73,7 +67,8 @@ def _plant_directory(directory: Any) -> None:
 
 
 def _plant_scheduler(scheduler: Any) -> None:
-    finish, Status = scheduler.SchedulerSide.finish, scheduler.RequestStatus
+    Side, Status = scheduler.SchedulerSide, scheduler.RequestStatus
+    finish, take = Side.finish, Side._take
 
     def planted_finish(self: Any, request: Any, blocks: list[int]) -> bool:
         grant, status = self._grants.get(request.request_id), request.status
@@ -85,7 +80,11 @@ def _plant_scheduler(scheduler: Any) -> None:
         finally:
             request.status = status
 
-    scheduler.SchedulerSide.finish = planted_finish
+    def planted_take(self: Any, request: str, held: Any, fed: int) -> bool:
+        early = held.grant.held_for_verdict and _bug(held.grant.key.session) == "cut-early"
+        return bool(take(self, request, held, fed - 1 if early else fed))
+
+    Side.finish, Side._take = planted_finish, planted_take
 
 
 after_import("deltamem_vllm.sessions.directory", _plant_directory)
