@@ -42,6 +42,29 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "S",
         "help": "How long a request may wait for its session before it gets 409 (default 30).",
     },
+    "durability": {
+        "choices": ["sync", "write-behind"],
+        "help": "When an answer ends: after its commit is durable, or before (default sync).",
+    },
+    "write-behind-seconds": {
+        "type": float,
+        "metavar": "S",
+        "help": "write-behind: how old a version may get before answers wait for the store again (default 1).",
+    },
+    "write-behind-versions": {
+        "type": int,
+        "metavar": "N",
+        "help": "write-behind: versions that may wait for the store, per engine (default 1024).",
+    },
+    "host-bytes": {
+        "metavar": "SIZE",
+        "help": "Host memory for sessions and their records, per engine: bytes, or as 256MiB (the default).",
+    },
+    "ttl": {
+        "type": float,
+        "metavar": "SECONDS",
+        "help": "Delete sessions that were not written for so long; 0: never (default 0).",
+    },
     "kernel": {
         "choices": ["auto", "native", "torch"],
         "help": "Delta-rule operators: auto takes the compiled ones and says so if it cannot (default auto).",

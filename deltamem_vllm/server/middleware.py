@@ -25,6 +25,7 @@ _STATUS_TYPES = {
     404: "NotFoundError",
     409: "ConflictError",
     422: "UnprocessableEntityError",
+    429: "RateLimitError",
 }
 
 

@@ -25,7 +25,10 @@ class SessionInfo(BaseModel):
     window_tokens: int = Field(description="Tokens of the present window.")
     state_bytes: int = Field(description="Size of its memory.")
     adapter: str = Field(description="Fingerprint of the adapter that wrote it.")
-    durable: bool = Field(description="False while the store could not take the latest version.")
+    durable: bool = Field(description="False while the store does not have the latest version.")
+    lost: int = Field(
+        default=0, description="Versions told `pending` or `degraded` that the store refused, since the server started."
+    )
     busy: bool = Field(description="A request is writing to it right now.")
 
 

@@ -47,6 +47,8 @@ class Records:
                 await self._notice_other_writers(session)
             if not session.loaded:
                 record = await self.on_loader(self.store.get, session.key)
+                if session.loaded:  # a commit has come meanwhile, and knows better
+                    return session.record
                 if record is not None:
                     self._verify(record)
                 session.set_record(record)
@@ -54,12 +56,15 @@ class Records:
 
     async def _notice_other_writers(self, session: Session) -> None:
         """Another server on the same store may have moved the session on since this one last saw it."""
+        seen = session.record
         try:
             kept = await self.on_loader(self.store.history, session.key, 1)
         except StoreUnavailable as e:
             logger.warning("the store cannot be asked for newer versions; going on from the one known here: %s", e)
             return
-        here = session.record.expect if session.record is not None else None
+        if session.record is not seen or session.unsaved:
+            return  # it has moved on here meanwhile: what the store said is older
+        here = seen.expect if seen is not None else None
         if (Expect(kept[0].version, kept[0].incarnation) if kept else None) != here:
             session.forget()
 

@@ -11,6 +11,7 @@ It lives in the engine-core process, beside the scheduler, and is talked to from
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,11 @@ import numpy as np
 
 from deltamem_vllm.errors import SessionError
 from deltamem_vllm.sessions import windows
-from deltamem_vllm.sessions.commits import Commits
+from deltamem_vllm.sessions.commits import Commits, WriteBehind
 from deltamem_vllm.sessions.directory import Directory, Session
+from deltamem_vllm.sessions.expiry import Expiry
 from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
+from deltamem_vllm.sessions.quotas import Quotas
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.sessions.tickets import Ticket, Tickets
 from deltamem_vllm.store.protocol import Expect, SessionKey, StateStore
@@ -32,8 +35,8 @@ logger = logging.getLogger("vllm.deltamem")
 
 VERDICT_SECONDS = 10.0
 """How long the blocks of an aborted request wait to hear whether a stop string ended it."""
-RECORD_BUDGET = 256 << 20
-"""Bytes of records kept in host memory."""
+FINISH_SECONDS = 5.0
+"""How long closing may try to save what waits for the store."""
 
 
 class SessionService:
@@ -45,7 +48,8 @@ class SessionService:
         adapter: adapter fingerprint.
         model: backbone fingerprint.
         state_shape: [layers, H, r, r].
-        queue_depth, queue_seconds: see `deltamem_vllm.config.Settings`.
+        queue_depth, queue_seconds, host_bytes, ttl: see `deltamem_vllm.config.Settings`.
+        write_behind: (seconds, versions) that clients may be told ahead of the store; None: not at all.
     """
 
     def __init__(
@@ -58,15 +62,28 @@ class SessionService:
         state_shape: tuple[int, ...],
         queue_depth: int,
         queue_seconds: float,
+        host_bytes: int = 256 << 20,
+        write_behind: tuple[float, int] | None = None,
+        ttl: float = 0.0,
     ) -> None:
         self.adapter, self.state_shape = adapter, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
         self.store: StateStore = open_store(store_url)
         self.records = Records(self.store, layout=layout, adapter=adapter, model=model)
         self.writer = CommitWriter(self.store)
-        self.commits = Commits(self.writer, layout=layout, adapter=adapter, model=model, state_shape=state_shape)
-        self.directory = Directory(RECORD_BUDGET)
+        self.quotas = Quotas(self.records, 4 * math.prod(state_shape))
+        self.commits = Commits(
+            self.writer,
+            layout=layout,
+            adapter=adapter,
+            model=model,
+            state_shape=state_shape,
+            ahead=WriteBehind(*write_behind, growth=self.quotas.growth) if write_behind is not None else None,
+            unsaved_bytes=host_bytes,
+        )
+        self.directory = Directory(host_bytes)
         self.erased_states: list[str] = []
+        self.expiry = Expiry(ttl, self.directory, self.records, self._erase_states) if ttl else None
         self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
@@ -114,17 +131,18 @@ class SessionService:
         if server.done():  # its socket could not be bound: `start` must not say that all is well
             server.result()
         self._started.set()
-        trying = asyncio.ensure_future(self.commits.keep_trying())
+        background = [asyncio.ensure_future(self.commits.keep_trying())]
+        if self.expiry is not None:
+            background.append(asyncio.ensure_future(self.expiry.run()))
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({server, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if server.done():
             server.result()
         while self._tasks:  # commits under way
             await asyncio.wait(self._tasks, timeout=5.0)
-        trying.cancel()
-        await self.commits.save_waiting()
-        if self.commits.unsaved:
-            logger.error("%d version(s) never reached the store and are lost", self.commits.unsaved)
+        for task in background:
+            task.cancel()
+        await self.commits.finish(FINISH_SECONDS)
         server.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await server
@@ -163,7 +181,6 @@ class SessionService:
             CapacityError: the session is busy (409). CorruptRecord, StoreUnavailable: its memory cannot be read.
         """
         session = self.directory.get(key)
-        self.directory.trim()
         if ticket in self._admitting or self.tickets.get(ticket) is not None:
             raise SessionError(f"ticket {ticket!r} is in use: make a fresh one for each request", status=400)
         self._admitting[ticket] = asyncio.current_task()
@@ -180,6 +197,8 @@ class SessionService:
     ) -> dict[str, Any]:
         self.commits.check_room(session)
         record = await self.records.latest(session)
+        if mode == "readwrite":
+            await self.quotas.check(session.key, record)
         window = windows.unpack(record.window) if record is not None else None
         plan = windows.plan(window, tokens)  # type: ignore[arg-type]
         base = None
@@ -224,7 +243,6 @@ class SessionService:
     async def info(self, key: SessionKey) -> dict[str, Any] | None:
         """What is known of a session, or None where it has no record."""
         session = self.directory.get(key)
-        self.directory.trim()
         record = await self.records.latest(session)
         if record is None:
             return None
@@ -240,16 +258,16 @@ class SessionService:
             "adapter": record.adapter,
             "busy": session.owner is not None,
             "durable": not session.unsaved,
+            "lost": self.commits.lost_of(key),
         }
 
     async def delete(self, key: SessionKey) -> bool:
         """Erase a session everywhere. A request that runs meanwhile finishes and commits nothing."""
         session = self.directory.get(key)
-        self.directory.trim()
         async with session.storing, session.loading:
             existed = await self.records.on_loader(self.store.delete, key)
-            if session.record is not None:
-                self.erased_states += [state_digest(session.record.base), state_digest(session.record.end)]
+            self._erase_states(session)
+            existed = self.commits.abandon(session) or existed
             session.erase()
         return bool(existed)
 
@@ -283,6 +301,11 @@ class SessionService:
             return
         session = self.directory.get(entry.grant.key)
         self.tickets.settle(ticket, await self.commits.commit(session, entry.grant, entry.deletions, tokens_fed, state))
+
+    def _erase_states(self, session: Session) -> None:
+        """Its states leave the device's pool with the next step."""
+        if session.record is not None:
+            self.erased_states += [state_digest(session.record.base), state_digest(session.record.end)]
 
     def _settled(self, entry: Ticket) -> None:
         self.directory.get(entry.grant.key).release(entry.grant.ticket)

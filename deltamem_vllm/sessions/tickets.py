@@ -96,7 +96,7 @@ class Tickets:
             entry.timer.cancel()
         entry.outcome.set_result({"version": entry.version, **result, "session": entry.grant.key.session})
         self._release(entry)
-        asyncio.get_running_loop().call_later(OUTCOME_SECONDS, self._known.pop, ticket, None)
+        entry.timer = asyncio.get_running_loop().call_later(OUTCOME_SECONDS, self._known.pop, ticket, None)
 
     async def outcome(self, ticket: str) -> dict[str, Any]:
         """What became of a ticket: waits until it is known, and durable where it was a commit."""
@@ -104,6 +104,8 @@ class Tickets:
         if entry is None:
             return {"status": "unknown", "error": "this ticket is not known (any more)"}
         result = await asyncio.shield(entry.outcome)
+        if entry.timer is not None:
+            entry.timer.cancel()  # else every ticket of the last minutes stays in memory
         self._known.pop(ticket, None)
         return result
 

@@ -25,7 +25,9 @@ from deltamem_vllm.store.ledger import View, Write, check_keep, plan, roll_back
 from deltamem_vllm.store.postgres_link import Connection, Link, Moved
 from deltamem_vllm.store.protocol import (
     Expect,
+    Keys,
     Listing,
+    Names,
     Outcome,
     Outcomes,
     Put,
@@ -38,6 +40,7 @@ from deltamem_vllm.store.protocol import (
 )
 from deltamem_vllm.store.verify import Verifier
 
+list_of = list  # here, because ``list`` is a method of the store
 _Encoded = dict[int, tuple[Record, Expect | None, bytes]]
 
 
@@ -70,8 +73,8 @@ class PostgresStore:
         retry_seconds: float = 5.0,
     ) -> None:
         self.codec = codec
-        self._keep = check_keep(keep)
-        self._quota = quota or Quota()
+        self.keep = check_keep(keep)
+        self.quota = quota or Quota()
         self._link = Link(url, statement_seconds=statement_seconds, retry_seconds=retry_seconds)
         self.where = self._link.where
         self._verify = Verifier(codec, self.where)
@@ -99,6 +102,12 @@ class PostgresStore:
     def list(self, tenant: str, after: str | None = None, limit: int = 100, *, prefix: str | None = None) -> Listing:
         rows = self._link.read("list", sql.LIST, (tenant, *id_range(after, prefix), max(0, limit)))
         return [SessionInfo(SessionKey(tenant, session), *rest) for session, *rest in rows]
+
+    def idle(self, until: float, limit: int = 1000) -> Keys:
+        return [SessionKey(*row) for row in self._link.read("list", sql.IDLE, (until, max(0, limit)))]
+
+    def tenants(self, after: str | None = None, limit: int = 100) -> Names:
+        return [str(name) for (name,) in self._link.read("list", sql.TENANTS, (after or "", max(0, limit)))]
 
     def usage(self, tenant: str) -> Usage:
         rows = self._link.read("read", sql.USAGE, (tenant,))
@@ -149,13 +158,20 @@ class PostgresStore:
 
     def expire(self, now: float, idle_seconds: float, limit: int = 1000) -> int:
         until = now - idle_seconds
-        idle = [SessionKey(*row) for row in self._link.read("list", sql.IDLE, (until, max(0, limit)))]
-        if not idle:
-            return 0
-        gone = self._link.write("expire sessions in", lambda connection: _delete(connection, idle, until))
+        return len(self.delete_idle(self.idle(until, limit), until))
+
+    def delete_idle(self, keys: Sequence[SessionKey], until: float) -> Keys:
+        if not keys:
+            return []
+        gone: set[SessionKey] = set()
+
+        def work(connection: Connection) -> None:  # as in ``delete``: what any attempt has deleted
+            gone.update(_delete(connection, list_of(keys), until))
+
+        self._link.write("expire sessions in", work)
         for key in gone:
             self._verify.forget(key)
-        return len(gone)
+        return list_of(gone)
 
     def reencrypt(self, batch: int = 100) -> int:
         done = 0
@@ -188,7 +204,7 @@ class PostgresStore:
         for tenant, session, version, request_id, size in kept.fetchall():
             versions.setdefault((tenant, session), {})[version] = (request_id, size)
         views = {SessionKey(t, s): View(tuple(head), versions.get((t, s), {})) for t, s, *head in heads.fetchall()}
-        outcomes, writes = plan(encoded, views, usages, self._quota, self._keep)
+        outcomes, writes = plan(encoded, views, usages, self.quota, self.keep)
         with connection.pipeline():
             moved = [_write(connection, write) for write in writes]
             for tenant in {write.record.key.tenant for write in writes}:

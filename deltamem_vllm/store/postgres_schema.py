@@ -96,6 +96,7 @@ DELETE = """
 """
 DROP_TENANTS = "DELETE FROM deltamem_tenants WHERE tenant = ANY(%s) AND sessions = 0"
 IDLE = "SELECT tenant, session FROM deltamem_sessions WHERE updated_at <= %s ORDER BY updated_at LIMIT %s"
+TENANTS = "SELECT tenant FROM deltamem_tenants WHERE tenant > %s ORDER BY tenant LIMIT %s"
 GET = """
     SELECT h.version, h.incarnation, h.request_id, CASE WHEN octet_length(v.blob) <= %s THEN v.blob END
     FROM deltamem_sessions h LEFT JOIN deltamem_versions v USING (tenant, session, version)

@@ -29,7 +29,9 @@ from deltamem_vllm.store.codec import PLAIN, RecordCodec
 from deltamem_vllm.store.ledger import Change, check_keep, check_quota, roll_back
 from deltamem_vllm.store.protocol import (
     Expect,
+    Keys,
     Listing,
+    Names,
     Outcome,
     Outcomes,
     Put,
@@ -79,8 +81,8 @@ class RedisStore:
         retry_seconds: float = 5.0,
     ) -> None:
         self.codec = codec
-        self._keep = check_keep(keep)
-        self._quota = quota or Quota()
+        self.keep = check_keep(keep)
+        self.quota = quota or Quota()
         self._namespace = namespace.encode()
         self._link = RedisLink(url, namespace=namespace, timeout_seconds=timeout_seconds, retry_seconds=retry_seconds)
         self.where = self._link.where
@@ -127,6 +129,22 @@ class RedisStore:
         # Sessions that went between the two steps: an empty page would look like the end.
         return infos or self.list(tenant, keys[-1].session, limit, prefix=prefix)
 
+    def idle(self, until: float, limit: int = 1000) -> Keys:
+        if limit <= 0:
+            return []
+        score = repr(float(until))
+        found = self._link.run(
+            "list", lambda: self._link.client.zrangebyscore(self._idle, "-inf", score, start=0, num=limit)
+        )
+        return [SessionKey(*member.decode().split("\0")) for member in found]
+
+    def tenants(self, after: str | None = None, limit: int = 100) -> Names:
+        prefix = self._key(b"used", "")
+        found = self._link.run("list", lambda: {*self._link.client.scan_iter(match=_glob(prefix) + b"*", count=1000)})
+        names = (name[len(prefix) :] for name in found)
+        start = (after or "").encode()
+        return [name.decode() for name in sorted(name for name in names if name > start)[: max(0, limit)]]
+
     def usage(self, tenant: str) -> Usage:
         key = self._key(b"used", tenant)
         sessions, size = self._link.run("read", lambda: self._link.client.hmget(key, "sessions", "bytes"))
@@ -142,8 +160,8 @@ class RedisStore:
     def put_many(self, puts: Sequence[Put]) -> Outcomes:
         outcomes: Outcomes = [None] * len(puts)
         keys: list[bytes] = []
-        limits = (-1 if limit is None else limit for limit in (self._quota.sessions, self._quota.bytes))
-        values: list[Any] = [self._keep, *limits]
+        limits = (-1 if limit is None else limit for limit in (self.quota.sessions, self.quota.bytes))
+        values: list[Any] = [self.keep, *limits]
         sent: list[int] = []
         for index, (record, expect) in enumerate(puts):
             try:
@@ -181,19 +199,17 @@ class RedisStore:
         return existed or bool(gone)  # a cut may have come after the server had done it
 
     def expire(self, now: float, idle_seconds: float, limit: int = 1000) -> int:
-        if limit <= 0:
-            return 0
-        until = repr(float(now - idle_seconds))
-        idle = self._link.run(
-            "list", lambda: self._link.client.zrangebyscore(self._idle, "-inf", until, start=0, num=limit)
-        )
-        done = 0
-        for member in idle:
-            key = SessionKey(*member.decode().split("\0"))
-            if self._link.script("expire sessions in", "DELETE", self._keys(key), member, key.session, until):
+        until = now - idle_seconds
+        return len(self.delete_idle(self.idle(until, limit), until))
+
+    def delete_idle(self, keys: Sequence[SessionKey], until: float) -> Keys:
+        gone: Keys = []
+        for key in keys:
+            values = (_member(key), key.session, repr(float(until)))
+            if self._link.script("expire sessions in", "DELETE", self._keys(key), *values):
                 self._verify.forget(key)
-                done += 1
-        return done
+                gone.append(key)
+        return gone
 
     def reencrypt(self, batch: int = 100) -> int:
         done = 0
@@ -231,7 +247,7 @@ class RedisStore:
         stored = (int(version), incarnation.decode(), request_id.decode()) if version else None
         try:
             if kind == b"quota":
-                check_quota(Change(bool(created), (), grown), Usage(sessions, size), self._quota, record.key)
+                check_quota(Change(bool(created), (), grown), Usage(sessions, size), self.quota, record.key)
             else:
                 admit(record, expect, stored)
         except StoreError as error:

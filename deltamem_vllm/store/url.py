@@ -51,6 +51,12 @@ def default_url() -> str:
     return f"sqlite:///{data / 'deltamem' / 'sessions.db'}"
 
 
+def sqlite_path(url: str) -> Path | None:
+    """The file that a URL of SQLite's names; None for other stores."""
+    scheme, _, rest = url.partition("://")
+    return Path(rest.partition("?")[0][1:]) if scheme.lower() == "sqlite" else None
+
+
 def open_store(url: str) -> StateStore:
     """Open the store that a URL names.
 

@@ -74,7 +74,7 @@ def test_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(f"sqlite:///{tmp_path}/s.db?keep=2&max_sessions=3&max_bytes=1000000&key_env=KEYS")
     assert isinstance(store, SQLiteStore)
     assert isinstance(store.codec, SealedCodec)
-    assert (store._keep, store._quota) == (2, Quota(3, 1_000_000))
+    assert (store.keep, store.quota) == (2, Quota(3, 1_000_000))
     store.put(record(1), None)
     store.close()
     store = open_store(f"sqlite:///{tmp_path}/s.db")
