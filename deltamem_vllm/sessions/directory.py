@@ -195,7 +195,7 @@ class Directory:
 
     def _resized(self, by: int) -> None:
         self.used += by
-        if by > 0:
+        if by >= 0:  # 0: it waits for nothing any more, so that it can be dropped
             self._make_room()
 
     def _make_room(self, asked_for: Session | None = None) -> None:

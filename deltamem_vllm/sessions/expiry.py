@@ -59,10 +59,11 @@ class Expiry:
             limit = BATCH + passed_over
             idle = await self._records.on_loader(self._records.store.idle, until, limit)
             free = [key for key in idle if (known := self._directory.find(key)) is None or known.idle]
-            passed_over = min(len(idle) - len(free), MAX_PASSED_OVER)
             gone = await self._delete(free[:BATCH], until) if free else 0
-            if len(idle) < limit or not gone:
+            left = min(len(idle) - gone, MAX_PASSED_OVER)
+            if (len(idle) < limit and len(free) <= BATCH) or (not gone and left <= passed_over):
                 return self.expired - before
+            passed_over = left
 
     async def _delete(self, keys: list[SessionKey], until: float) -> int:
         """Delete sessions while nobody here can read or write them. A request that comes meanwhile waits for this

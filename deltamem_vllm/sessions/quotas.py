@@ -52,6 +52,7 @@ class Quotas:
         at, usage = self._seen.get(key.tenant, (0.0, Usage()))
         try:
             if at and time.monotonic() - at < FRESH_SECONDS and self._fits(adds, usage):
+                self._seen[key.tenant] = (at, adds.applied(usage))  # others must not count on the same room
                 return
             usage = await self._records.on_loader(self._records.store.usage, key.tenant)
         except StoreUnavailable as e:
@@ -59,7 +60,7 @@ class Quotas:
             return
         if len(self._seen) >= MAX_TENANTS:
             self._seen.clear()
-        self._seen[key.tenant] = (time.monotonic(), usage)
+        self._seen[key.tenant] = (time.monotonic(), adds.applied(usage))
         check_quota(adds, usage, self.quota, key)
 
     def _fits(self, adds: Change, usage: Usage) -> bool:

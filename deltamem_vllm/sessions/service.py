@@ -181,7 +181,7 @@ class SessionService:
             CapacityError: the session is busy (409). CorruptRecord, StoreUnavailable: its memory cannot be read.
         """
         session = self.directory.get(key)
-        if ticket in self._admitting or self.tickets.get(ticket) is not None:
+        if ticket in self._admitting or ticket in self.tickets:
             raise SessionError(f"ticket {ticket!r} is in use: make a fresh one for each request", status=400)
         self._admitting[ticket] = asyncio.current_task()
         try:

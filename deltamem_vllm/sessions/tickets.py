@@ -6,6 +6,7 @@ claims it, once; its end settles it, and the outcome waits to be asked for.
 
 import asyncio
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,8 @@ from deltamem_vllm.sessions.grants import Grant
 
 CLAIM_SECONDS = 60.0
 """A grant that no request has claimed after this long is taken back: its API process is gone."""
-OUTCOME_SECONDS = 600.0
-"""How long an outcome nobody asked for is remembered."""
+MAX_OUTCOMES = 10_000
+"""Outcomes that nobody has asked for yet and that are remembered, the latest; some 500 bytes each."""
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Ticket:
     Attributes:
         deletions: how often the session had been deleted when the grant was made.
         version: the session's version then.
+        awaited: somebody waits for its outcome.
     """
 
     grant: Grant
@@ -34,6 +36,7 @@ class Ticket:
     claimed: bool = False
     verdict: int | None = None
     verdict_given: bool = False
+    awaited: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
@@ -47,11 +50,15 @@ class Tickets:
     def __init__(self, release: Callable[[Ticket], None]) -> None:
         self._release = release
         self._known: dict[str, Ticket] = {}
+        self._outcomes: OrderedDict[str, dict[str, Any]] = OrderedDict()  # settled, with nobody waiting for them
         self._claims = threading.Lock()
 
     def get(self, ticket: str) -> Ticket | None:
-        """A ticket that is known (still)."""
+        """A ticket that is not settled yet."""
         return self._known.get(ticket)
+
+    def __contains__(self, ticket: str) -> bool:
+        return ticket in self._known or ticket in self._outcomes
 
     def issue(self, grant: Grant, deletions: int, version: int) -> None:
         """A grant was made: wait for its request."""
@@ -94,20 +101,23 @@ class Tickets:
             return
         if entry.timer is not None:
             entry.timer.cancel()
-        entry.outcome.set_result({"version": entry.version, **result, "session": entry.grant.key.session})
+        result = {"version": entry.version, **result, "session": entry.grant.key.session}
+        entry.outcome.set_result(result)
+        del self._known[ticket]  # and the grant, with its states
+        if not entry.awaited:
+            self._outcomes[ticket] = result
+            if len(self._outcomes) > MAX_OUTCOMES:
+                self._outcomes.popitem(last=False)
         self._release(entry)
-        entry.timer = asyncio.get_running_loop().call_later(OUTCOME_SECONDS, self._known.pop, ticket, None)
 
     async def outcome(self, ticket: str) -> dict[str, Any]:
         """What became of a ticket: waits until it is known, and durable where it was a commit."""
         entry = self._known.get(ticket)
         if entry is None:
-            return {"status": "unknown", "error": "this ticket is not known (any more)"}
-        result = await asyncio.shield(entry.outcome)
-        if entry.timer is not None:
-            entry.timer.cancel()  # else every ticket of the last minutes stays in memory
-        self._known.pop(ticket, None)
-        return result
+            unknown = {"status": "unknown", "error": "this ticket is not known (any more)"}
+            return self._outcomes.pop(ticket, unknown)
+        entry.awaited = True
+        return await asyncio.shield(entry.outcome)
 
     def _withdraw(self, ticket: str, why: str) -> None:
         """Take back a ticket that no request has claimed."""
