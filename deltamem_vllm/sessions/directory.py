@@ -150,7 +150,7 @@ class Session:
 
 def size_of(record: Record) -> int:
     """Host memory that a record's content takes, in bytes."""
-    return record.base.nbytes + record.end.nbytes + len(record.window)
+    return record.base.nbytes + record.end.nbytes + len(record.window) + len(record.attributes)
 
 
 class Directory:

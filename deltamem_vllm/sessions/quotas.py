@@ -3,10 +3,13 @@
 import logging
 import time
 
+import numpy as np
+
 from deltamem_vllm.errors import StoreUnavailable
 from deltamem_vllm.sessions.records import Records
+from deltamem_vllm.store.codec import PLAIN
 from deltamem_vllm.store.ledger import Change, check_quota
-from deltamem_vllm.store.protocol import Record, SessionKey, Usage
+from deltamem_vllm.store.protocol import Record, SessionKey, Usage, new_incarnation
 
 logger = logging.getLogger("vllm.deltamem")
 
@@ -20,11 +23,32 @@ class Quotas:
 
     Args:
         records: reads the store off the event loop.
-        state_bytes: size of one state.
+        state_shape: [layers, H, r, r] of a session.
     """
 
-    def __init__(self, records: Records, state_bytes: int) -> None:
-        self._records, self._state_bytes = records, state_bytes
+    def __init__(self, records: Records, state_shape: tuple[int, ...]) -> None:
+        self._records = records
+        state = np.zeros(state_shape, np.float32)
+        self._least = len(
+            PLAIN.encode(
+                Record(
+                    key=SessionKey("t", "s"),
+                    version=1,
+                    incarnation=new_incarnation(),
+                    request_id=new_incarnation(),  # as long as a ticket
+                    adapter=records.adapter,
+                    model=records.model,
+                    layout=records.layout,
+                    base=state,
+                    end=state,
+                    window=b"",
+                    created_at=time.time(),
+                    updated_at=time.time(),
+                    tokens=1,
+                    windows=1,
+                )
+            )
+        )
         self.quota, self.keep = records.store.quota, records.store.keep
         self._seen: dict[str, tuple[float, Usage]] = {}
 
@@ -48,7 +72,9 @@ class Quotas:
         """
         if (record.version if record is not None else 0) >= self.growth:
             return
-        adds = Change(created=record is None, trim=(), grown=2 * self._state_bytes)  # base and end, at the least
+        # What the next version takes at the least: the window that it will have is not known yet.
+        grown = self._least + len(key.tenant) + len(key.session) + (len(record.attributes) if record else 0)
+        adds = Change(created=record is None, trim=(), grown=grown)
         at, usage = self._seen.get(key.tenant, (0.0, Usage()))
         try:
             if at and time.monotonic() - at < FRESH_SECONDS and self._fits(adds, usage):

@@ -11,7 +11,6 @@ It lives in the engine-core process, beside the scheduler, and is talked to from
 import asyncio
 import contextlib
 import logging
-import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +70,7 @@ class SessionService:
         self.store: StateStore = open_store(store_url)
         self.records = Records(self.store, layout=layout, adapter=adapter, model=model)
         self.writer = CommitWriter(self.store)
-        self.quotas = Quotas(self.records, 4 * math.prod(state_shape))
+        self.quotas = Quotas(self.records, state_shape)
         self.commits = Commits(
             self.writer,
             layout=layout,
