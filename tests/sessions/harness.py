@@ -51,20 +51,20 @@ def make_service(store: str | StateStore = "memory://", **options: Any) -> Sessi
         service_module.open_store = opened
 
 
-def drive(service: SessionService, scenario: Callable[[SessionService], Awaitable[T]]) -> T:
+def drive(service: SessionService, scenario: Callable[[SessionService], Awaitable[T]], seconds: float = 30) -> T:
     """Run a coroutine on the service's own event loop, as its control server would, and close the service."""
     done: Future[T] = Future()
 
     async def run(started: SessionService) -> None:
         try:
-            done.set_result(await asyncio.wait_for(scenario(started), 30))
+            done.set_result(await asyncio.wait_for(scenario(started), seconds))
         except BaseException as e:
             done.set_exception(e)
         await asyncio.Event().wait()
 
     service.start(run)
     try:
-        return done.result(40)
+        return done.result(seconds + 10)
     finally:
         service.close()
 
