@@ -22,6 +22,10 @@ _GROUPS = (
     "vllm.endpoint_plugins",
 )
 
+SHUTDOWN_SECONDS = 15
+"""vLLM's --shutdown-timeout with write-behind. Its default of 0 kills the engine at SIGTERM, versions that wait for the
+store and all."""
+
 _FLAGS: dict[str, dict[str, Any]] = {
     "adapter": {"metavar": "DIR", "help": "Adapter folder: delta_mem_config.json and the weights. Required."},
     "store": {
@@ -144,9 +148,10 @@ def _finalize(parsed: Namespace) -> None:
         raise ConfigError(
             "VLLM_USE_RUST_FRONTEND bypasses the Python HTTP layer that sessions need: unset it with --plugin deltamem"
         )
-    parsed.kv_transfer_config = transfer_config(
-        resolve(given).with_control(), getattr(parsed, "kv_transfer_config", None)
-    )
+    settings = resolve(given).with_control()
+    if settings.write_behind is not None and getattr(parsed, "shutdown_timeout", None) == 0:
+        parsed.shutdown_timeout = SHUTDOWN_SECONDS
+    parsed.kv_transfer_config = transfer_config(settings, getattr(parsed, "kv_transfer_config", None))
 
 
 def allow_plugins(names: list[str]) -> None:
