@@ -34,7 +34,7 @@ logger = logging.getLogger("vllm.deltamem")
 
 VERDICT_SECONDS = 10.0
 """How long the blocks of an aborted request wait to hear whether a stop string ended it."""
-FINISH_SECONDS = 5.0
+FINISH_SECONDS = 4.0
 """How long closing may try to save what waits for the store."""
 
 
@@ -137,7 +137,7 @@ class SessionService:
         await asyncio.wait({server, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if server.done():
             server.result()
-        while self._tasks:  # commits under way
+        if self._tasks:  # commits under way; within what `close` waits for, so that what is lost gets said
             await asyncio.wait(self._tasks, timeout=5.0)
         for task in background:
             task.cancel()
