@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -62,11 +63,11 @@ class SessionService:
         self.adapter, self.state_shape = adapter, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
         self.store: StateStore = open_store(store_url)
-        self.records = Records(self.store, layout=layout, adapter=adapter, model=model)
+        self.records = Records(self.store, self._erase_from_pool, layout=layout, adapter=adapter, model=model)
         self.writer = CommitWriter(self.store)
         self.commits = Commits(self.writer, layout=layout, adapter=adapter, model=model, state_shape=state_shape)
         self.directory = Directory(RECORD_BUDGET)
-        self.erased_states: list[str] = []
+        self.erased: deque[SessionKey] = deque()  # sessions whose states the pool must forget
         self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
@@ -248,10 +249,13 @@ class SessionService:
         self.directory.trim()
         async with session.storing, session.loading:
             existed = await self.records.on_loader(self.store.delete, key)
-            if session.record is not None:
-                self.erased_states += [state_digest(session.record.base), state_digest(session.record.end)]
             session.erase()
+            self._erase_from_pool(key)
         return bool(existed)
+
+    def _erase_from_pool(self, key: SessionKey) -> None:
+        self.tickets.note_deletion(key)  # before the scheduler hears of it: see SchedulerSide._plan_seed
+        self.erased.append(key)
 
     # ------------------------------------------------------------------ called by the scheduler's thread
 
@@ -262,6 +266,10 @@ class SessionService:
     def verdict(self, ticket: str) -> tuple[bool, int | None]:
         """See `Tickets.verdict`. Never blocks."""
         return self.tickets.verdict(ticket)
+
+    def was_deleted(self, ticket: str) -> bool:
+        """See `Tickets.was_deleted`. Never blocks."""
+        return self.tickets.was_deleted(ticket)
 
     def distrust_cached_blocks(self) -> None:
         """A request ran on a wrong memory: from now on no grant shares a cached block with anything before."""
