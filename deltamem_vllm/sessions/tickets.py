@@ -41,7 +41,8 @@ class Ticket:
 
 
 class Tickets:
-    """The tickets of one engine. `claim`, `verdict` and `was_deleted` are for the scheduler's thread, the rest for the event loop.
+    """The tickets of one engine. `claim`, `verdict` and `was_deleted` are for the scheduler's thread, the rest for the
+    event loop.
 
     Args:
         release: called with every ticket that was settled.

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from vllm.v1.request import RequestStatus
 
-from deltamem_vllm.memory.pages import StatePages, WriteLimits
+from deltamem_vllm.memory.pages import StatePages, WriteMasks
 from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.paged_torch import TorchOps
 from deltamem_vllm.sessions.grants import EXTRA
@@ -36,13 +36,13 @@ SERIALS = 4096
 
 def make_pool(slots: int, blocks: int, kind: type[SessionPool] = SessionPool) -> SessionPool:
     """A pool over pages of its own; every page is full of 7.0, as if somebody had used it before."""
-    limits, kernels = WriteLimits(), TorchOps()
+    masks, kernels = WriteMasks(), TorchOps()
     config: Any = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=BLOCK), compilation_config=SimpleNamespace(static_forward_context={})
     )
     layers = []
     for index in range(LAYERS):
-        layer = StatePages(f"{index}.deltamem", index, SHAPE, kernels, limits, config)
+        layer = StatePages(f"{index}.deltamem", index, SHAPE, kernels, masks, config)
         layer.bind_kv_cache(torch.full((blocks, 1, BLOCK, SHAPE.floats_per_token(BLOCK)), 7.0))
         layers.append(layer)
     return kind(layers, list(range(LAYERS)), slots, kernels)

@@ -218,7 +218,7 @@ def test_orders_of_one_step_follow_each_other() -> None:
         assert torch.equal(page_of(pool, i), state)
     assert torch.equal(page_of(pool, 5), states[1])
     assert torch.equal(pool.states[0], states[2])
-    assert pool.layers[0].limits.table[:6].tolist() == [WRITE_ALL] * 5 + [9]
+    assert pool.layers[0].masks.limits[:6].tolist() == [WRITE_ALL] * 5 + [9]
     for block in (3, 4, 6, 7):
         assert bool((page_of(pool, block) == 7.0).all()), "a page that was not seeded was touched"
     [later] = pool.seed([Seed("r", 3, WRITE_ALL, True, Place(0, 2))])
@@ -299,8 +299,8 @@ def test_a_refused_order_switches_the_memory_off_and_is_counted() -> None:
         world.step(stale)
         assert world.scheduler.stale_orders == 1
         assert list(world.refused) == [one.id]
-        assert world.pool.layers[0].limits.table[one.block] == WRITE_OFF
-        assert world.pool.layers[0].limits.table[other.block] == WRITE_ALL
+        assert world.pool.layers[0].masks.limits[one.block] == WRITE_OFF
+        assert world.pool.layers[0].masks.limits[other.block] == WRITE_ALL
         outcome = world.ask(world.service.outcome(one.ticket))
         assert (outcome["status"], outcome["version"]) == ("failed", 1)
         assert "StaleOrder: slot" in outcome["error"]
@@ -321,7 +321,7 @@ def test_a_request_that_cannot_be_planned_runs_without_memory() -> None:
         found, world.scheduler._slots.find = world.scheduler._slots.find, _raise  # type: ignore[method-assign]
         world.step()
         world.scheduler._slots.find = found  # type: ignore[method-assign]
-        assert world.pool.layers[0].limits.table[one.block] == WRITE_OFF
+        assert world.pool.layers[0].masks.limits[one.block] == WRITE_OFF
         assert world.ask(world.service.outcome(one.ticket))["status"] == "failed"
 
 
