@@ -71,7 +71,9 @@ def test_an_abort_at_any_position_leaves_nothing(engine: Engine, stop: list[str]
     session = with_memory(engine, "aborted")
     before = () if window == "new" else FIRST
     seconds = abort_everywhere(engine, session, before, stop)
-    note("abort to free, s", max(seconds))
+    note("abort to free, median s", statistics.median(seconds))
+    note("abort to free, worst s", max(seconds))
+    # The worst is the machine's: a stepped engine and its session thread may have to wait for a core.
     assert statistics.median(seconds) <= FREE_SECONDS, seconds
 
     # A prompt whose blocks an aborted request left in the prefix cache gives what it would have given without.
