@@ -116,7 +116,7 @@ def test_echo(talk: Talk, kept: Kept, window: str) -> None:
     prompt = [*before, *OTHER]
     echoed = talk.complete(prompt, s, n=4, echo=True)
     plain = talk.complete(prompt, t, n=4)
-    assert outcome(echoed) == (s, "2", "committed")
+    assert outcome(echoed) == (s, f"{len(turns) + 2}", "committed")
     assert token_ids(echoed) == [*prompt, *token_ids(plain)]
     found = ok(echoed)["choices"][0]["logprobs"]["top_logprobs"]
     assert found[0] is None
