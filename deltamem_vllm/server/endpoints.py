@@ -3,12 +3,14 @@
 Listing, forking, resetting, rolling back, exporting and importing sessions will live beside `routes`.
 """
 
+import asyncio
+import functools
 from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI
 
-from deltamem_vllm.compat import api_key_check
+from deltamem_vllm.compat import api_key_check, end_requests_with_their_engine, wake_engine
 from deltamem_vllm.config import PLUGIN, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.server.gateway import Gateway
@@ -42,6 +44,9 @@ class DeltaMemEndpoints:
                 "out of VLLM_PLUGINS"
             )
         ranks = engine_client.vllm_config.parallel_config.data_parallel_size
-        clients = [ControlClient(settings.control_address(rank)) for rank in range(ranks)]
-        state.deltamem = gateway = Gateway(clients, settings.queue_seconds)
+        addresses = [settings.control_address(rank) for rank in range(ranks)]
+        clients = [ControlClient(address, lambda: engine_client.errored) for address in addresses]
+        wake = functools.partial(wake_engine, engine_client)
+        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, wake)
         engine_client.generate = gateway.wrap(engine_client.generate)
+        state.deltamem_watch = asyncio.ensure_future(end_requests_with_their_engine(engine_client))

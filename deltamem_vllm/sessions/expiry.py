@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from deltamem_vllm.errors import StoreError
-from deltamem_vllm.sessions.directory import Directory, Session
+from deltamem_vllm.sessions.directory import Directory
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.store.protocol import SessionKey
 
@@ -26,13 +26,15 @@ class Expiry:
         ttl: seconds since its last commit after which a session is deleted.
         directory: the sessions that this engine knows; those in use are left alone.
         records: calls the store off the event loop.
-        forget: called with a known session that the store has deleted.
+        forget: called with the key of a session that the store has deleted.
 
     Attributes:
         expired: sessions deleted so far.
     """
 
-    def __init__(self, ttl: float, directory: Directory, records: Records, forget: Callable[[Session], None]) -> None:
+    def __init__(
+        self, ttl: float, directory: Directory, records: Records, forget: Callable[[SessionKey], None]
+    ) -> None:
         self.ttl, self.expired = ttl, 0
         self._directory, self._records, self._forget = directory, records, forget
 
@@ -80,12 +82,12 @@ class Expiry:
                 gone.update(await self._records.on_loader(self._records.store.delete_idle, keys, until))
             except StoreError:
                 for session in sessions:  # what has become of them is not known
-                    self._forget(session)
+                    self._forget(session.key)
                     session.forget()
                 raise
             for session in sessions:
                 if session.key in gone:
-                    self._forget(session)
+                    self._forget(session.key)
                     session.erase()
         for session in sessions:
             if session.key in gone:

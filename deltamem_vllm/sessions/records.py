@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from deltamem_vllm.errors import SessionError, StoreUnavailable
 from deltamem_vllm.sessions.directory import Session
-from deltamem_vllm.store.protocol import Expect, Record, StateStore
+from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore
 
 logger = logging.getLogger("vllm.deltamem")
 _T = TypeVar("_T")
@@ -19,11 +19,14 @@ class Records:
 
     Args:
         store: where records persist.
+        deleted: told of sessions that another server on the store has deleted.
         layout, adapter, model: what a record must have been made with.
     """
 
-    def __init__(self, store: StateStore, *, layout: str, adapter: str, model: str) -> None:
-        self.store = store
+    def __init__(
+        self, store: StateStore, deleted: Callable[[SessionKey], None], *, layout: str, adapter: str, model: str
+    ) -> None:
+        self.store, self._deleted = store, deleted
         self.layout, self.adapter, self.model = layout, adapter, model
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-load")
 
@@ -67,6 +70,8 @@ class Records:
         here = seen.expect if seen is not None else None
         if (Expect(kept[0].version, kept[0].incarnation) if kept else None) != here:
             session.forget()
+            if not kept:
+                self._deleted(session.key)
 
     def _verify(self, record: Record) -> None:
         """Refuse a memory made with another adapter, model or shape; zeroing it silently would lose it."""

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -68,7 +69,7 @@ class SessionService:
         self.adapter, self.state_shape = adapter, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
         self.store: StateStore = open_store(store_url)
-        self.records = Records(self.store, layout=layout, adapter=adapter, model=model)
+        self.records = Records(self.store, self._erase_from_pool, layout=layout, adapter=adapter, model=model)
         self.writer = CommitWriter(self.store)
         self.quotas = Quotas(self.records, state_shape)
         self.commits = Commits(
@@ -81,8 +82,8 @@ class SessionService:
             unsaved_bytes=host_bytes,
         )
         self.directory = Directory(host_bytes)
-        self.erased_states: list[str] = []
-        self.expiry = Expiry(ttl, self.directory, self.records, self._erase_states) if ttl else None
+        self.erased: deque[SessionKey] = deque()  # sessions whose states the pool must forget
+        self.expiry = Expiry(ttl, self.directory, self.records, self._erase_from_pool) if ttl else None
         self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
@@ -265,10 +266,14 @@ class SessionService:
         session = self.directory.get(key)
         async with session.storing, session.loading:
             existed = await self.records.on_loader(self.store.delete, key)
-            self._erase_states(session)
             existed = self.commits.abandon(session) or existed
             session.erase()
+            self._erase_from_pool(key)
         return bool(existed)
+
+    def _erase_from_pool(self, key: SessionKey) -> None:
+        self.tickets.note_deletion(key)  # before the scheduler hears of it: see SchedulerSide._plan_seed
+        self.erased.append(key)
 
     # ------------------------------------------------------------------ called by the scheduler's thread
 
@@ -279,6 +284,10 @@ class SessionService:
     def verdict(self, ticket: str) -> tuple[bool, int | None]:
         """See `Tickets.verdict`. Never blocks."""
         return self.tickets.verdict(ticket)
+
+    def was_deleted(self, ticket: str) -> bool:
+        """See `Tickets.was_deleted`. Never blocks."""
+        return self.tickets.was_deleted(ticket)
 
     def distrust_cached_blocks(self) -> None:
         """A request ran on a wrong memory: from now on no grant shares a cached block with anything before."""
@@ -300,11 +309,6 @@ class SessionService:
             return
         session = self.directory.get(entry.grant.key)
         self.tickets.settle(ticket, await self.commits.commit(session, entry.grant, entry.deletions, tokens_fed, state))
-
-    def _erase_states(self, session: Session) -> None:
-        """Its states leave the device's pool with the next step."""
-        if session.record is not None:
-            self.erased_states += [state_digest(session.record.base), state_digest(session.record.end)]
 
     def _settled(self, entry: Ticket) -> None:
         self.directory.get(entry.grant.key).release(entry.grant.ticket)

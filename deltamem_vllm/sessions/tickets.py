@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltamem_vllm.sessions.grants import Grant
+from deltamem_vllm.store.protocol import SessionKey
 
 CLAIM_SECONDS = 60.0
 """A grant that no request has claimed after this long is taken back: its API process is gone."""
@@ -27,6 +28,7 @@ class Ticket:
         deletions: how often the session had been deleted when the grant was made.
         version: the session's version then.
         awaited: somebody waits for its outcome.
+        deleted: whether the session was deleted since.
     """
 
     grant: Grant
@@ -37,11 +39,13 @@ class Ticket:
     verdict: int | None = None
     verdict_given: bool = False
     awaited: bool = False
+    deleted: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
 class Tickets:
-    """The tickets of one engine. `claim` and `verdict` are for the scheduler's thread, the rest for the event loop.
+    """The tickets of one engine. `claim`, `verdict` and `was_deleted` are for the scheduler's thread, the rest for the
+    event loop.
 
     Args:
         release: called with every ticket that was settled.
@@ -84,6 +88,16 @@ class Tickets:
         """Whether the API process has spoken about a held request, and the token count to commit at."""
         entry = self._known.get(ticket)
         return (True, None) if entry is None else (entry.verdict_given, entry.verdict)
+
+    def was_deleted(self, ticket: str) -> bool:
+        """Whether the ticket's session was deleted after it was granted, or the ticket is not known any more."""
+        entry = self._known.get(ticket)
+        return entry is None or entry.deleted
+
+    def note_deletion(self, key: SessionKey) -> None:
+        """A session was deleted: its tickets still run, but nothing of theirs shall stay."""
+        for entry in self._known.values():
+            entry.deleted |= entry.grant.key == key
 
     def give_verdict(self, ticket: str, tokens: int | None) -> None:
         """The API process says of a request: commit it after ``tokens`` tokens (a held one), or (None) drop it."""
