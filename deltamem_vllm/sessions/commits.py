@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deltamem_vllm.errors import CapacityError, CorruptRecord, StaleVersion, StoreError, StoreUnavailable
+from deltamem_vllm.errors import CapacityError, CorruptRecord, LeaseLost, StaleVersion, StoreError, StoreUnavailable
 from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.directory import Session
 from deltamem_vllm.sessions.grants import Grant
@@ -90,6 +90,11 @@ class Commits:
                     return {"status": "degraded", "version": record.version, "error": str(e)}
                 session.set_record(record)
                 return {"status": "committed", "version": record.version, "error": ""}
+        except LeaseLost as e:  # earlier versions that wait may still find their place, if the other server gives up
+            session.unsaved.pop()
+            if not session.unsaved:
+                self._drop(session)
+            return {"status": "conflict", "error": str(e)}
         except StaleVersion as e:
             self._drop(session)
             return {"status": "conflict", "error": str(e)}
@@ -112,7 +117,7 @@ class Commits:
                 waiting = len(session.unsaved)
                 try:
                     await self._save(session)
-                except StoreUnavailable:
+                except (StoreUnavailable, LeaseLost):
                     continue
                 except Exception:
                     logger.exception("%d version(s) of a session are lost: the store refused them", waiting)

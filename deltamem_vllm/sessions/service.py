@@ -22,6 +22,7 @@ from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.commits import Commits
 from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
+from deltamem_vllm.sessions.leases import EngineLeases
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.sessions.tickets import Ticket, Tickets
 from deltamem_vllm.store.protocol import Expect, SessionKey, StateStore
@@ -66,6 +67,7 @@ class SessionService:
         self.writer = CommitWriter(self.store)
         self.commits = Commits(self.writer, layout=layout, adapter=adapter, model=model, state_shape=state_shape)
         self.directory = Directory(RECORD_BUDGET)
+        self.leases = EngineLeases(getattr(self.store, "leases", None))
         self.erased_states: list[str] = []
         self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
@@ -114,17 +116,19 @@ class SessionService:
         if server.done():  # its socket could not be bound: `start` must not say that all is well
             server.result()
         self._started.set()
-        trying = asyncio.ensure_future(self.commits.keep_trying())
+        steady = [asyncio.ensure_future(each) for each in (self.commits.keep_trying(), self.leases.keep())]
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({server, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if server.done():
             server.result()
         while self._tasks:  # commits under way
             await asyncio.wait(self._tasks, timeout=5.0)
-        trying.cancel()
+        for task in steady:
+            task.cancel()
         await self.commits.save_waiting()
         if self.commits.unsaved:
             logger.error("%d version(s) never reached the store and are lost", self.commits.unsaved)
+        await self.leases.close()
         server.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await server
@@ -151,7 +155,8 @@ class SessionService:
         clients_salt: str | None,
         held: bool,
     ) -> dict[str, Any]:
-        """Give a prompt its place in a session: waits for its turn, reads the record, plans the window.
+        """Give a prompt its place in a session: waits for its turn, here and among servers, reads the record, plans
+        the window.
 
         Args:
             ticket: a fresh random name; whoever asks can withdraw by it, even while waiting.
@@ -169,7 +174,11 @@ class SessionService:
         self._admitting[ticket] = asyncio.current_task()
         try:
             if mode == "readwrite":
-                async with self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds):
+                until = self._loop.time() + self.queue_seconds
+                async with (
+                    self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds),
+                    self.leases.holding(session, until),
+                ):
                     return await self._grant(session, ticket, mode, tokens, clients_salt, held)
             return await self._grant(session, ticket, mode, tokens, clients_salt, held)
         finally:
@@ -285,4 +294,7 @@ class SessionService:
         self.tickets.settle(ticket, await self.commits.commit(session, entry.grant, entry.deletions, tokens_fed, state))
 
     def _settled(self, entry: Ticket) -> None:
-        self.directory.get(entry.grant.key).release(entry.grant.ticket)
+        session = self.directory.get(entry.grant.key)
+        session.release(entry.grant.ticket)
+        if entry.grant.commits:
+            self.leases.done(session)
