@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from deltamem_vllm.errors import CapacityError, StoreUnavailable
+from deltamem_vllm.errors import CapacityError
 from deltamem_vllm.sessions.directory import Session
 from deltamem_vllm.store.leases import Lease, Leases
 from deltamem_vllm.store.protocol import SessionKey
@@ -38,7 +38,7 @@ YIELD_SECONDS = 0.3
 """How long a lease is left to whoever waits for it: longer than they pause between two questions."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Held:
     session: Session
     turns: int = 0
@@ -102,23 +102,10 @@ class EngineLeases:
             await asyncio.sleep(min(seconds, AWAY_SECONDS) if self._away else seconds)
             for held in list(self._held.values()):
                 self._leave_if_unused(held.session)
-            keys = [key for key in self._held if key not in self._leaving]
-            if not keys:
-                continue
             try:
-                lost = await _off_loop(self._keeper, self._leases.renew, keys)
-            except StoreUnavailable as e:
+                await self._renew(self._leases)
+            except Exception as e:  # whatever it is: a server that stops renewing loses every turn
                 self._unavailable(e)
-                continue
-            self._away = False
-            for key in lost:
-                self._held.pop(key, None)
-            if lost:
-                logger.warning(
-                    "%d session(s) were taken over by another server while a request ran here, which will end in a "
-                    "conflict: this server stood still, or could not reach the store, for longer than a lease",
-                    len(lost),
-                )
 
     async def close(self) -> None:
         """Release everything."""
@@ -126,12 +113,29 @@ class EngineLeases:
         self._held.clear()
         self._leaving.clear()
         if self._leases is not None and keys:
-            with contextlib.suppress(StoreUnavailable):  # they end by themselves
+            with contextlib.suppress(Exception):  # they end by themselves
                 await _off_loop(self._keeper, self._leases.release, keys)
         self._askers.shutdown(wait=False)
         self._keeper.shutdown(wait=False)
 
     # ------------------------------------------------------------------ inside
+
+    async def _renew(self, leases: Leases) -> None:
+        before = {key: (held, held.turns) for key, held in self._held.items() if key not in self._leaving}
+        if not before:
+            return
+        taken = await _off_loop(self._keeper, leases.renew, list(before))
+        self._away = False
+        now = {key: (held, held.turns) for key, held in self._held.items()}
+        lost = [key for key in taken if now.get(key) == before[key]]  # else it came back meanwhile, with another turn
+        for key in lost:
+            del self._held[key]
+        if lost:
+            logger.warning(
+                "%d session(s) were taken over by another server while a request ran here, which will end in a "
+                "conflict: this server stood still, or could not reach the store, for longer than a lease",
+                len(lost),
+            )
 
     async def _take(self, leases: Leases, session: Session, until: float) -> None:
         loop, pause, key = asyncio.get_running_loop(), FIRST_POLL, session.key
@@ -172,11 +176,11 @@ class EngineLeases:
             raise
         if not come:
             asking.add_done_callback(lambda done: self._came_too_late(session, done))
-            self._unavailable(StoreUnavailable(f"it did not answer within {ASK_SECONDS:g} s"))
+            self._unavailable(TimeoutError(f"it did not answer within {ASK_SECONDS:g} s"))
             return None
         try:
             return asking.result()
-        except StoreUnavailable as e:
+        except Exception as e:  # never a reason to refuse a request
             self._unavailable(e)
             return None
 
@@ -206,15 +210,15 @@ class EngineLeases:
             try:
                 await _off_loop(self._keeper, self._leases.release, list(self._going))
                 self._away = False
-            except StoreUnavailable as e:
+            except Exception as e:  # they end by themselves
                 self._unavailable(e)
             finally:
                 self._going = set()
                 self._batch.set_result(None)
 
-    def _unavailable(self, error: StoreUnavailable) -> None:
+    def _unavailable(self, error: Exception) -> None:
         if not self._away:
-            logger.warning("no leases while the store is away; versions decide between servers: %s", error)
+            logger.warning("no leases while the store is away; versions decide between servers: %r", error)
         self._away = True
 
 
