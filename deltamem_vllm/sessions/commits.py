@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from deltamem_vllm.errors import CapacityError, CorruptRecord, StaleVersion, StoreError, StoreUnavailable
+from deltamem_vllm.errors import CapacityError, CorruptRecord, LeaseLost, StaleVersion, StoreError, StoreUnavailable
 from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.directory import Session, Unsaved, size_of
 from deltamem_vllm.sessions.grants import Grant
@@ -154,6 +154,11 @@ class Commits:
             self._troubled.add(session)
             logger.error("the store does not take commits; %d version(s) wait: %s", self.unsaved, e)
             return {"status": "degraded", "version": entry.record.version, "error": str(e)}
+        except LeaseLost as e:
+            session.unsaved.pop()  # versions before it may still find their place, should the other server give up
+            if not session.unsaved:
+                self._refused(session, e)
+            raise
         except Exception as e:
             self._refused(session, e)
             raise
@@ -256,7 +261,7 @@ class Commits:
             waiting = len(session.unsaved)
             try:
                 await self._save(session)
-            except StoreUnavailable as e:
+            except (StoreUnavailable, LeaseLost) as e:
                 if not late:
                     self._troubled.add(session)
                     logger.error("the store does not take commits; %d version(s) wait: %s", self.unsaved, e)

@@ -24,6 +24,7 @@ from deltamem_vllm.sessions.commits import Commits, WriteBehind
 from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.expiry import Expiry
 from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
+from deltamem_vllm.sessions.leases import EngineLeases
 from deltamem_vllm.sessions.quotas import Quotas
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.sessions.tickets import Ticket, Tickets
@@ -72,6 +73,7 @@ class SessionService:
         self.records = Records(self.store, self._erase_from_pool, layout=layout, adapter=adapter, model=model)
         self.writer = CommitWriter(self.store)
         self.quotas = Quotas(self.records, state_shape)
+        self.leases = EngineLeases(getattr(self.store, "leases", None))
         self.commits = Commits(
             self.writer,
             layout=layout,
@@ -131,7 +133,7 @@ class SessionService:
         if server.done():  # its socket could not be bound: `start` must not say that all is well
             server.result()
         self._started.set()
-        background = [asyncio.ensure_future(self.commits.keep_trying())]
+        background = [asyncio.ensure_future(each) for each in (self.commits.keep_trying(), self.leases.keep())]
         if self.expiry is not None:
             background.append(asyncio.ensure_future(self.expiry.run()))
         stopped = asyncio.ensure_future(self._stop.wait())
@@ -143,6 +145,7 @@ class SessionService:
         for task in background:
             task.cancel()
         await self.commits.finish(FINISH_SECONDS)
+        await self.leases.close()
         server.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await server
@@ -169,7 +172,8 @@ class SessionService:
         clients_salt: str | None,
         held: bool,
     ) -> dict[str, Any]:
-        """Give a prompt its place in a session: waits for its turn, reads the record, plans the window.
+        """Give a prompt its place in a session: waits for its turn, here and among servers, reads the record, plans
+        the window.
 
         Args:
             ticket: a fresh random name; whoever asks can withdraw by it, even while waiting.
@@ -186,7 +190,11 @@ class SessionService:
         self._admitting[ticket] = asyncio.current_task()
         try:
             if mode == "readwrite":
-                async with self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds):
+                until = self._loop.time() + self.queue_seconds
+                async with (
+                    self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds),
+                    self.leases.holding(session, until),
+                ):
                     return await self._grant(session, ticket, mode, tokens, clients_salt, held)
             return await self._grant(session, ticket, mode, tokens, clients_salt, held)
         finally:
@@ -311,4 +319,7 @@ class SessionService:
         self.tickets.settle(ticket, await self.commits.commit(session, entry.grant, entry.deletions, tokens_fed, state))
 
     def _settled(self, entry: Ticket) -> None:
-        self.directory.get(entry.grant.key).release(entry.grant.ticket)
+        session = self.directory.get(entry.grant.key)
+        session.release(entry.grant.ticket)
+        if entry.grant.commits:
+            self.leases.done(session)

@@ -21,7 +21,9 @@ from typing import Any
 from deltamem_vllm.errors import ConfigError, CorruptRecord, StoreError
 from deltamem_vllm.store import postgres_schema as sql
 from deltamem_vllm.store.codec import MAX_RECORD_BYTES, PLAIN, RecordCodec
+from deltamem_vllm.store.leases import LEASE_SECONDS, Leases, check_lease_seconds, new_holder
 from deltamem_vllm.store.ledger import View, Write, check_keep, plan, roll_back
+from deltamem_vllm.store.postgres_leases import PostgresLeases, columns
 from deltamem_vllm.store.postgres_link import Connection, Link, Moved
 from deltamem_vllm.store.protocol import (
     Expect,
@@ -56,6 +58,7 @@ class PostgresStore:
         codec: how records are stored; ``crypto.SealedCodec`` encrypts them.
         statement_seconds: what a statement may take, waiting for locks included.
         retry_seconds: how long a broken connection is tried again before ``StoreUnavailable``.
+        lease_seconds: how long a lease lasts; 0: this process takes none, but respects others'.
 
     Raises:
         ConfigError: the URL is not valid, the tables are of a newer version, or the server does not sync.
@@ -71,6 +74,7 @@ class PostgresStore:
         codec: RecordCodec = PLAIN,
         statement_seconds: float = 10.0,
         retry_seconds: float = 5.0,
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self.codec = codec
         self.keep = check_keep(keep)
@@ -78,6 +82,10 @@ class PostgresStore:
         self._link = Link(url, statement_seconds=statement_seconds, retry_seconds=retry_seconds)
         self.where = self._link.where
         self._verify = Verifier(codec, self.where)
+        self._holder = new_holder()
+        self.leases: Leases | None = None
+        if check_lease_seconds(lease_seconds):
+            self.leases = PostgresLeases(self._link, self._holder, lease_seconds)
         try:
             self._prepare()
         except BaseException:
@@ -189,14 +197,15 @@ class PostgresStore:
 
     def _put_group(self, connection: Connection, encoded: _Encoded) -> dict[int, Outcome]:
         """Compare and set a group inside the open transaction."""
-        keys = sorted({record.key for record, _, _ in encoded.values()})
+        keys = {record.key for record, _, _ in encoded.values()}
         tenants = sorted({key.tenant for key in keys})
-        names = ([key.tenant for key in keys], [key.session for key in keys])
+        names = columns(list(keys))
         with connection.pipeline():
             connection.execute(sql.NEW_TENANTS, (tenants,))
             locked = connection.execute(sql.LOCK_TENANTS, (tenants,))
             heads = connection.execute(sql.HEADS, names)
             kept = connection.execute(sql.KEPT, names)
+            leases = connection.execute(sql.FENCE, names)
         usages = {tenant: Usage(*used) for tenant, *used in locked.fetchall()}
         if len(usages) != len(tenants):
             raise Moved("a tenant's row was removed while it was waited for")
@@ -204,7 +213,12 @@ class PostgresStore:
         for tenant, session, version, request_id, size in kept.fetchall():
             versions.setdefault((tenant, session), {})[version] = (request_id, size)
         views = {SessionKey(t, s): View(tuple(head), versions.get((t, s), {})) for t, s, *head in heads.fetchall()}
-        outcomes, writes = plan(encoded, views, usages, self.quota, self.keep)
+        fences = {
+            SessionKey(tenant, session): left
+            for tenant, session, holder, left in leases.fetchall()
+            if holder != self._holder and left > 0
+        }
+        outcomes, writes = plan(encoded, views, usages, self.quota, self.keep, fences)
         with connection.pipeline():
             moved = [_write(connection, write) for write in writes]
             for tenant in {write.record.key.tenant for write in writes}:
@@ -278,9 +292,11 @@ def _delete(connection: Connection, keys: list[SessionKey], until: float) -> lis
     tenants = sorted({key.tenant for key in keys})
     with connection.pipeline():
         connection.execute(sql.LOCK_TENANTS, (tenants,))
-        gone = connection.execute(sql.DELETE, ([k.tenant for k in keys], [k.session for k in keys], until))
+        cursor = connection.execute(sql.DELETE, ([k.tenant for k in keys], [k.session for k in keys], until))
         connection.execute(sql.DROP_TENANTS, (tenants,))
-    return [SessionKey(*row) for row in gone.fetchall()]
+    gone = [SessionKey(*row) for row in cursor.fetchall()]
+    connection.execute(sql.DROP_LEASES, columns(gone))
+    return gone
 
 
 def _reseal(changes: list[tuple[Any, bytes]], connection: Connection) -> int:

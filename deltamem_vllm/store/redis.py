@@ -26,6 +26,7 @@ from typing import Any
 
 from deltamem_vllm.errors import CorruptRecord, StoreError
 from deltamem_vllm.store.codec import PLAIN, RecordCodec
+from deltamem_vllm.store.leases import LEASE_SECONDS, Leases, check_lease_seconds, fenced, new_holder
 from deltamem_vllm.store.ledger import Change, check_keep, check_quota, roll_back
 from deltamem_vllm.store.protocol import (
     Expect,
@@ -43,6 +44,7 @@ from deltamem_vllm.store.protocol import (
     admit,
     id_range,
 )
+from deltamem_vllm.store.redis_leases import RedisLeases
 from deltamem_vllm.store.redis_link import Durability, RedisLink
 from deltamem_vllm.store.verify import Verifier, info_of
 
@@ -62,6 +64,7 @@ class RedisStore:
         codec: how records are stored; ``crypto.SealedCodec`` encrypts them.
         timeout_seconds: what a command may take.
         retry_seconds: how long a broken connection is tried again before ``StoreUnavailable``.
+        lease_seconds: how long a lease lasts; 0: this process takes none, but respects others'.
 
     Raises:
         ConfigError: the URL is not valid, or the server's settings may lose what is acknowledged.
@@ -79,6 +82,7 @@ class RedisStore:
         codec: RecordCodec = PLAIN,
         timeout_seconds: float = 5.0,
         retry_seconds: float = 5.0,
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self.codec = codec
         self.keep = check_keep(keep)
@@ -87,6 +91,10 @@ class RedisStore:
         self._link = RedisLink(url, namespace=namespace, timeout_seconds=timeout_seconds, retry_seconds=retry_seconds)
         self.where = self._link.where
         self._verify = Verifier(codec, self.where)
+        self._holder = new_holder()
+        self.leases: Leases | None = None
+        if check_lease_seconds(lease_seconds):
+            self.leases = RedisLeases(self._link, self._lease_names, self._holder, lease_seconds)
         try:
             self._link.check_server(durability)
         except BaseException:
@@ -161,7 +169,7 @@ class RedisStore:
         outcomes: Outcomes = [None] * len(puts)
         keys: list[bytes] = []
         limits = (-1 if limit is None else limit for limit in (self.quota.sessions, self.quota.bytes))
-        values: list[Any] = [self.keep, *limits]
+        values: list[Any] = [self.keep, *limits, self._holder]
         sent: list[int] = []
         for index, (record, expect) in enumerate(puts):
             try:
@@ -235,15 +243,17 @@ class RedisStore:
         if sealed is None:
             return False
         meta = _meta(self._verify.version(key, _row(found), sealed), len(sealed))
-        head, vers, _, used, _ = self._keys(key)
+        head, vers, _, used, *_ = self._keys(key)
         values = (version, found[3], sealed, meta)
         return bool(self._link.script("write", "RESEAL", [head, vers, used], *values))
 
     def _outcome(self, record: Record, expect: Expect | None, answer: _Answer) -> Outcome:
         """The error that the common rules give for what the script found; None if it is stored."""
-        kind, version, incarnation, request_id, created, grown, sessions, size = answer
+        kind, version, incarnation, request_id, created, grown, sessions, size, left = answer
         if kind in (b"stored", b"there"):
             return None
+        if kind == b"leased":
+            return fenced(record.key, left / 1000)
         stored = (int(version), incarnation.decode(), request_id.decode()) if version else None
         try:
             if kind == b"quota":
@@ -262,10 +272,14 @@ class RedisStore:
         return b":".join((self._namespace, kind, name.encode()))
 
     def _keys(self, key: SessionKey) -> _Keys:
-        """head, vers, names, used, idle of a session."""
+        """head, vers, names, used, idle, lease of a session."""
         member = f"{key.tenant}\0{key.session}"
         tenants = [self._key(kind, key.tenant) for kind in (b"names", b"used")]
-        return [self._key(b"head", member), self._key(b"vers", member), *tenants, self._idle]
+        lease = self._lease_names(key)[0]
+        return [self._key(b"head", member), self._key(b"vers", member), *tenants, self._idle, lease]
+
+    def _lease_names(self, key: SessionKey) -> _Keys:
+        return [self._key(kind, f"{key.tenant}\0{key.session}") for kind in (b"lease", b"want")]
 
 
 def _member(key: SessionKey) -> bytes:

@@ -69,6 +69,31 @@ def drive(service: SessionService, scenario: Callable[[SessionService], Awaitabl
         service.close()
 
 
+Scenario = Callable[[SessionService, SessionService], Awaitable[None]]
+
+
+def drive_services(first: SessionService, second: SessionService, scenario: Scenario) -> None:
+    """Run a scenario on two services, as two servers have; both have an event loop and a thread of their own."""
+
+    async def outer(first: SessionService) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def inner(second: SessionService) -> None:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(meet(second), loop))
+
+        async def meet(second: SessionService) -> None:
+            await scenario(first, second)
+
+        await asyncio.to_thread(drive, second, inner)
+
+    drive(first, outer)
+
+
+def on(service: SessionService, coroutine: Any) -> "asyncio.Future[Any]":
+    """Run a coroutine on a service's own loop."""
+    return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, service._loop))
+
+
 @contextmanager
 def serving(service: SessionService, folder: Path) -> Iterator[str]:
     """The service behind its real control socket; yields the address."""
