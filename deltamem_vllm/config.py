@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.policy import parse_policy
 from deltamem_vllm.store.url import default_url
 
 PLUGIN = "deltamem"
@@ -36,6 +37,7 @@ class Settings(BaseModel):
         session_header: HTTP header that names the session.
         queue_depth: requests that may wait for one session before further ones get 409.
         queue_seconds: how long one may wait for its session before it gets 409.
+        write: roles whose messages are written, separated by commas, or ``all``, or ``none``.
         kernel: ``auto`` takes the compiled operator where it loads, ``torch`` forces the slow fallback.
         control: folder of the sockets over which API servers talk to the engines; made at start.
     """
@@ -48,6 +50,7 @@ class Settings(BaseModel):
     session_header: str = "X-Session-ID"
     queue_depth: int = Field(default=8, ge=0, le=10_000)
     queue_seconds: float = Field(default=30.0, gt=0, le=3600)
+    write: str = "system,user,assistant"
     kernel: Literal["auto", "native", "torch"] = "auto"
     control: str = ""
 
@@ -56,6 +59,12 @@ class Settings(BaseModel):
     def _header_name(cls, value: str) -> str:
         if not _HEADER.fullmatch(value):
             raise ValueError(f"{value!r} is no HTTP header name (letters, digits and '-', at most 64)")
+        return value
+
+    @field_validator("write")
+    @classmethod
+    def _write_policy(cls, value: str) -> str:
+        parse_policy(value)
         return value
 
     def with_control(self) -> "Settings":

@@ -11,6 +11,8 @@ from fastapi import FastAPI
 from deltamem_vllm.compat import api_key_check
 from deltamem_vllm.config import PLUGIN, settings_of
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.policy import parse_policy
+from deltamem_vllm.server.chat import ChatPrompts
 from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import SessionMiddleware
 from deltamem_vllm.server.routes import make_router
@@ -43,5 +45,8 @@ class DeltaMemEndpoints:
             )
         ranks = engine_client.vllm_config.parallel_config.data_parallel_size
         clients = [ControlClient(settings.control_address(rank)) for rank in range(ranks)]
-        state.deltamem = gateway = Gateway(clients, settings.queue_seconds)
+        policy = parse_policy(settings.write)
+        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, policy)
+        renderer = engine_client.renderer
+        renderer.render_chat_async = ChatPrompts(policy).wrap(renderer.render_chat_async)
         engine_client.generate = gateway.wrap(engine_client.generate)

@@ -17,6 +17,7 @@ from deltamem_vllm.errors import CapacityError, CorruptRecord, StaleVersion, Sto
 from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.directory import Session
 from deltamem_vllm.sessions.grants import Grant
+from deltamem_vllm.sessions.masks import sign
 from deltamem_vllm.store.protocol import Record
 from deltamem_vllm.store.writer import CommitWriter
 
@@ -151,7 +152,7 @@ class Commits:
             layout=self.layout,
             base=base,
             end=state,
-            window=windows.pack(windows.advance(grant.plan, tokens_fed, grant.prompt_tokens)),
+            window=windows.pack(windows.advance(grant.plan, sign(tokens_fed, grant.spans), grant.prompt_tokens)),
             created_at=last.created_at if last else now,
             updated_at=now,
             tokens=before + len(tokens_fed),

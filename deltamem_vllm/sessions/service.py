@@ -22,6 +22,7 @@ from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.commits import Commits
 from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
+from deltamem_vllm.sessions.masks import Spans, sign
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.sessions.tickets import Ticket, Tickets
 from deltamem_vllm.store.protocol import Expect, SessionKey, StateStore
@@ -150,11 +151,13 @@ class SessionService:
         tokens: np.ndarray,
         clients_salt: str | None,
         held: bool,
+        spans: Spans = (),
     ) -> dict[str, Any]:
         """Give a prompt its place in a session: waits for its turn, reads the record, plans the window.
 
         Args:
             ticket: a fresh random name; whoever asks can withdraw by it, even while waiting.
+            spans: tokens, of the prompt or of the reply, that are not written.
 
         Returns:
             prefix-cache salt for the engine request; the version it starts from; tokens already written.
@@ -170,18 +173,25 @@ class SessionService:
         try:
             if mode == "readwrite":
                 async with self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds):
-                    return await self._grant(session, ticket, mode, tokens, clients_salt, held)
-            return await self._grant(session, ticket, mode, tokens, clients_salt, held)
+                    return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans)
+            return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans)
         finally:
             self._admitting.pop(ticket, None)
 
     async def _grant(
-        self, session: Session, ticket: str, mode: windows.Mode, tokens: np.ndarray, salt: str | None, held: bool
+        self,
+        session: Session,
+        ticket: str,
+        mode: windows.Mode,
+        tokens: np.ndarray,
+        salt: str | None,
+        held: bool,
+        spans: Spans,
     ) -> dict[str, Any]:
         self.commits.check_room(session)
         record = await self.records.latest(session)
         window = windows.unpack(record.window) if record is not None else None
-        plan = windows.plan(window, tokens)  # type: ignore[arg-type]
+        plan = windows.plan(window, sign(tokens, spans))
         base = None
         if record is not None:
             base = record.end if plan.kind == "new" else record.base
@@ -198,6 +208,7 @@ class SessionService:
             expect=Expect(record.version, record.incarnation) if record is not None else None,
             incarnation=session.incarnation,
             held_for_verdict=held,
+            spans=spans,
         )
         version = record.version if record is not None else 0
         self.tickets.issue(grant, session.deletions, version)
