@@ -46,8 +46,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "write": {
         "metavar": "ROLES",
-        "help": "Roles whose messages are written to the memory: all, none, or some of system, user, assistant and tool, "
-        "separated by commas (default system,user,assistant: what a tool says is read and not remembered).",
+        "help": "Roles whose messages are written to the memory: all, none, or some of system, user, assistant and "
+        "tool, separated by commas (default system,user,assistant: what a tool says is read, not remembered).",
     },
     "kernel": {
         "choices": ["auto", "native", "torch"],

@@ -59,11 +59,8 @@ class ChatPrompts:
                 return list(prompt["prompt_token_ids"])
 
             for messages, marks, prompt in zip(plain, written, rendered[1], strict=True):
-                if prompt.get("prompt_token_ids"):
-                    masked = not all(marks)
-                    prompt[MASK] = (
-                        await unwritten(messages, marks, prompt["prompt_token_ids"], render) if masked else ()
-                    )
+                if tokens := prompt.get("prompt_token_ids"):
+                    prompt[MASK] = () if all(marks) else await unwritten(messages, marks, tokens, render)
             return rendered
 
         return with_masks

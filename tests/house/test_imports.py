@@ -20,6 +20,7 @@ KNOW_VLLM = (
     "sessions/worker.py",
     "sessions/steps.py",
     "sessions/pool.py",
+    "server/chat.py",
     "server/gateway.py",
     "server/endpoints.py",
 )

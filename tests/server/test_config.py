@@ -27,6 +27,7 @@ def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "session_header": "X-Session-ID",
         "queue_depth": 8,
         "queue_seconds": 30.0,
+        "write": "system,user,assistant",
         "kernel": "auto",
         "control": "",
     }
