@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Ticket:
     claimed: bool = False
     verdict: int | None = None
     verdict_given: bool = False
+    deleted: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
@@ -83,7 +85,7 @@ class SessionService:
         self.writer = CommitWriter(self.store)
         self.commits = Commits(self.writer, layout=layout, adapter=adapter, model=model, state_shape=state_shape)
         self.directory = Directory(RECORD_BUDGET)
-        self.erased_states: list[str] = []
+        self.erased: deque[SessionKey] = deque()  # sessions whose states the pool must forget
         self._tickets: dict[str, Ticket] = {}
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
@@ -252,6 +254,8 @@ class SessionService:
         here = session.record.expect if session.record is not None else None
         if (Expect(kept[0].version, kept[0].incarnation) if kept else None) != here:
             session.forget()
+            if not kept:  # deleted there
+                self._erase_from_pool(session.key)
 
     def _verify(self, record: Record) -> None:
         """Refuse a memory made with another adapter, model or shape; zeroing it silently would lose it."""
@@ -316,10 +320,15 @@ class SessionService:
         self.directory.trim()
         async with session.storing, session.loading:
             existed = await self._loop.run_in_executor(self._loaders, self.store.delete, key)
-            if session.record is not None:
-                self.erased_states += [state_digest(session.record.base), state_digest(session.record.end)]
             session.erase()
+            self._erase_from_pool(key)
         return bool(existed)
+
+    def _erase_from_pool(self, key: SessionKey) -> None:
+        for entry in self._tickets.values():
+            if entry.grant.key == key:
+                entry.deleted = True  # before the scheduler hears of it: see SchedulerSide._seed
+        self.erased.append(key)
 
     # ------------------------------------------------------------------ called by the scheduler's thread
 
@@ -339,6 +348,11 @@ class SessionService:
         """Whether the API process has spoken about a held request, and the token count to commit at."""
         entry = self._tickets.get(ticket)
         return (True, None) if entry is None else (entry.verdict_given, entry.verdict)
+
+    def was_deleted(self, ticket: str) -> bool:
+        """Whether the ticket's session was deleted after it was granted."""
+        entry = self._tickets.get(ticket)
+        return entry is None or entry.deleted
 
     def distrust_cached_blocks(self) -> None:
         """A request ran on a wrong memory: from now on no grant shares a cached block with anything before."""
