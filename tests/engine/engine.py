@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
@@ -107,6 +107,14 @@ class Engine:
         replies: list[Reply] = self._call(CALL_SECONDS, "run", asks)
         return replies
 
+    def run_in_step(self, *asks: Ask) -> list[Reply]:
+        """Run requests in one batch that the engine begins only when it has all of them.
+
+        Which requests share a step, and so how sums are rounded, is then the same each time.
+        """
+        replies: list[Reply] = self._call(CALL_SECONDS, "run_in_step", asks)
+        return replies
+
     def one(self, ask: Ask) -> Reply:
         """Run one request alone."""
         return self.run(ask)[0]
@@ -136,13 +144,26 @@ class Engine:
         """Graphs that torch.compile has traced in the first worker; needs `ASK_INSIDE` in the environment."""
         return int(self._call(CALL_SECONDS, "compiled_graphs"))
 
-    def record(self, session: str) -> Record | None:
-        """A session's committed record, read from the store's file by this process."""
+    def pool_states(self) -> list[bytes]:
+        """Per slot of the first worker's session pool, its bytes; needs `ASK_INSIDE` in the environment."""
+        states: list[bytes] = self._call(CALL_SECONDS, "pool_states")
+        return states
+
+    def plant(self, bug: str) -> None:
+        """Plant a bug in the session pools (see `tests.engine.inside.plant`); needs `ASK_INSIDE`."""
+        self._call(CALL_SECONDS, "plant", bug)
+
+    def records(self, sessions: Iterable[str]) -> list[Record | None]:
+        """Committed records, read from the store's file by this process."""
         store = open_store(self._store_url)
         try:
-            return store.get(SessionKey(TENANT, session))
+            return [store.get(SessionKey(TENANT, session)) for session in sessions]
         finally:
             store.close()
+
+    def record(self, session: str) -> Record | None:
+        """A session's committed record, or None."""
+        return self.records([session])[0]
 
     def record_bytes(self, session: str) -> bytes:
         """The committed record as it is stored."""

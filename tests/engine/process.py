@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.engine.asking import Ask, Reply, Top
 from tests.engine.engine import Setup
-from tests.engine.inside import compiled_graphs
+from tests.engine.inside import compiled_graphs, plant, pool_states
 
 TOP = 20
 
@@ -36,6 +36,22 @@ class Served:
             str(setup.model), adapter=str(setup.adapter), store=store, session_slots=setup.slots, **options
         )
         self.llm = self.session_llm.llm
+
+    def run_in_step(self, asks: Sequence[Ask]) -> list[Reply]:
+        """See `Engine.run_in_step`."""
+        generate = self.llm.generate
+
+        def paused(prompts: Any, params: Any, use_tqdm: bool) -> Any:
+            self.llm.sleep(level=0, mode="keep")
+            self.llm.enqueue(prompts, params, use_tqdm=use_tqdm)
+            self.llm.wake_up(["scheduling"])
+            return self.llm.wait_for_completion(use_tqdm=use_tqdm)
+
+        self.llm.generate = paused
+        try:
+            return self.run(asks)
+        finally:
+            self.llm.generate = generate
 
     def run(self, asks: Sequence[Ask]) -> list[Reply]:
         """Run a batch."""
@@ -83,6 +99,14 @@ class Served:
     def compiled_graphs(self) -> int:
         """See `Engine.compiled_graphs`."""
         return int(self.llm.collective_rpc(compiled_graphs)[0])
+
+    def pool_states(self) -> list[bytes]:
+        """See `Engine.pool_states`."""
+        return list(self.llm.collective_rpc(pool_states)[0])
+
+    def plant(self, bug: str) -> None:
+        """See `Engine.plant`."""
+        self.llm.collective_rpc(plant, args=(bug,))
 
     def stop(self) -> None:
         """Shut the engine down."""
