@@ -13,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from deltamem_vllm.store.protocol import Record, SessionKey
 from deltamem_vllm.store.url import open_store
 from tests.engine.asking import Ask, Reply
 from tests.engine.measured import note_start
+
+if TYPE_CHECKING:
+    from tests.engine.stepping import Aborted
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 280.0
@@ -55,6 +58,7 @@ class Setup:
         slots: size of the session pool.
         env: environment variables.
         path: folders put before all others on ``PYTHONPATH``.
+        stepped: the engine's core is in the same process and stepped by hand; requests run one after the other.
     """
 
     model: Path
@@ -63,6 +67,7 @@ class Setup:
     slots: int = 64
     env: Mapping[str, str] = field(default_factory=dict)
     path: tuple[str, ...] = ()
+    stepped: bool = False
 
 
 class EngineError(AssertionError):
@@ -115,6 +120,11 @@ class Engine:
         replies: list[Reply] = self._call(CALL_SECONDS, "run_in_step", asks)
         return replies
 
+    def abort(self, ask: Ask, after: int, stop: Sequence[str] = ()) -> Aborted:
+        """Begin a request and abort it after so many steps of a ``stepped`` engine."""
+        aborted: Aborted = self._call(CALL_SECONDS, "abort", ask, after, list(stop))
+        return aborted
+
     def one(self, ask: Ask) -> Reply:
         """Run one request alone."""
         return self.run(ask)[0]
@@ -150,7 +160,8 @@ class Engine:
         return states
 
     def plant(self, bug: str) -> None:
-        """Plant a bug in the session pools (see `tests.engine.inside.plant`); needs `ASK_INSIDE`."""
+        """Plant a bug in the session pools (see `tests.engine.inside.plant`; needs `ASK_INSIDE`), or in a ``stepped``
+        engine (see `tests.engine.stepping`)."""
         self._call(CALL_SECONDS, "plant", bug)
 
     def records(self, sessions: Iterable[str]) -> list[Record | None]:
