@@ -214,3 +214,11 @@ def require_hooks() -> None:
             f"vLLM {version} lacks {', '.join(missing)}: deltamem_vllm needs vLLM 0.32; install that version, or a "
             "deltamem-vllm made for yours"
         )
+
+
+async def wake_engine(engine_client: Any) -> None:
+    """Make an idle engine look for work: it waits for messages, and any makes it ask the connector too.
+
+    vllm 0.32, `EngineCoreProc._process_input_queue`; until a connector can wake its engine.
+    """
+    await engine_client.is_sleeping()

@@ -3,12 +3,13 @@
 Listing, forking, resetting, rolling back, exporting and importing sessions will live beside `routes`.
 """
 
+import functools
 from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI
 
-from deltamem_vllm.compat import api_key_check
+from deltamem_vllm.compat import api_key_check, wake_engine
 from deltamem_vllm.config import PLUGIN, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.policy import parse_policy
@@ -46,7 +47,9 @@ class DeltaMemEndpoints:
         ranks = engine_client.vllm_config.parallel_config.data_parallel_size
         clients = [ControlClient(settings.control_address(rank)) for rank in range(ranks)]
         policy = parse_policy(settings.write)
-        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, policy)
+        state.deltamem = gateway = Gateway(
+            clients, settings.queue_seconds, functools.partial(wake_engine, engine_client), policy
+        )
         renderer = engine_client.renderer
         renderer.render_chat_async = ChatPrompts(policy).wrap(renderer.render_chat_async)
         engine_client.generate = gateway.wrap(engine_client.generate)

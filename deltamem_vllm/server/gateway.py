@@ -9,7 +9,7 @@ import contextlib
 import copy
 import secrets
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,30 @@ class Gateway:
     Args:
         clients: control clients of the engines, by data-parallel rank.
         queue_seconds: how long an admission may take.
+        wake: makes idle engines carry out what waits for a step; None where nothing does.
         policy: roles that are written where a request does not say otherwise.
     """
 
-    def __init__(self, clients: Sequence[ControlClient], queue_seconds: float, policy: Policy = ALL) -> None:
+    def __init__(
+        self,
+        clients: Sequence[ControlClient],
+        queue_seconds: float,
+        wake: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        policy: Policy = ALL,
+    ) -> None:
         self.clients = clients
         self.policy = policy
         self.queue_seconds = queue_seconds
+        self._wake = wake
+
+    async def delete(self, session: str) -> bool:
+        """Erase a session; whether there was one. Its states on the device are zeroed by the engine's next step, which
+        is ordered here."""
+        answer = await self.client_of(session).ask("delete", tenant=TENANT, session=session)
+        if self._wake is not None:
+            with contextlib.suppress(Exception):  # a dead engine has no memory to erase
+                await self._wake()
+        return bool(answer["existed"])
 
     def rank_of(self, session: str) -> int:
         """The engine that serves a session: always the same one, so that its memory has one owner."""

@@ -60,12 +60,7 @@ def make_router() -> APIRouter:
     async def delete_session(session_id: str, request: Request) -> Any:
         """Erase a session. A request that is running finishes and commits nothing."""
         try:
-            answer = (
-                await _gateway(request)
-                .client_of(check_id(session_id, "session_id"))
-                .ask("delete", tenant=TENANT, session=session_id)
-            )
-            if not answer["existed"]:
+            if not await _gateway(request).delete(check_id(session_id, "session_id")):
                 raise _not_found(session_id)
         except DeltaMemError as e:
             return _error(e)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,7 @@ class SessionService:
         self.writer = CommitWriter(self.store)
         self.commits = Commits(self.writer, layout=layout, adapter=adapter, model=model, state_shape=state_shape)
         self.directory = Directory(RECORD_BUDGET)
-        self.erased_states: list[str] = []
+        self.erased: deque[SessionKey] = deque()  # sessions whose states the pool must forget
         self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
@@ -259,10 +260,13 @@ class SessionService:
         self.directory.trim()
         async with session.storing, session.loading:
             existed = await self.records.on_loader(self.store.delete, key)
-            if session.record is not None:
-                self.erased_states += [state_digest(session.record.base), state_digest(session.record.end)]
             session.erase()
+            self._erase_from_pool(key)
         return bool(existed)
+
+    def _erase_from_pool(self, key: SessionKey) -> None:
+        self.tickets.mark_deleted(key)  # before the scheduler hears of it: see SchedulerSide._plan_seed
+        self.erased.append(key)
 
     # ------------------------------------------------------------------ called by the scheduler's thread
 
@@ -273,6 +277,11 @@ class SessionService:
     def verdict(self, ticket: str) -> tuple[bool, int | None]:
         """See `Tickets.verdict`. Never blocks."""
         return self.tickets.verdict(ticket)
+
+    def was_deleted(self, ticket: str) -> bool:
+        """Whether the ticket's session was deleted after it was granted."""
+        entry = self.tickets.get(ticket)
+        return entry is None or entry.deleted
 
     def distrust_cached_blocks(self) -> None:
         """A request ran on a wrong memory: from now on no grant shares a cached block with anything before."""

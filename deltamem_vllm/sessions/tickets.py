@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltamem_vllm.sessions.grants import Grant
+from deltamem_vllm.store.protocol import SessionKey
 
 CLAIM_SECONDS = 60.0
 """A grant that no request has claimed after this long is taken back: its API process is gone."""
@@ -34,6 +35,7 @@ class Ticket:
     claimed: bool = False
     verdict: int | None = None
     verdict_given: bool = False
+    deleted: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
@@ -106,6 +108,12 @@ class Tickets:
         result = await asyncio.shield(entry.outcome)
         self._known.pop(ticket, None)
         return result
+
+    def mark_deleted(self, key: SessionKey) -> None:
+        """The session of these tickets was deleted after they were granted."""
+        for entry in self._known.values():
+            if entry.grant.key == key:
+                entry.deleted = True
 
     def _withdraw(self, ticket: str, why: str) -> None:
         """Take back a ticket that no request has claimed."""
