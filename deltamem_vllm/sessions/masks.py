@@ -66,22 +66,12 @@ def block_bits(spans: Spans, block: int, size: int) -> NDArray[np.bool_]:
     return bits
 
 
-def words(bits: NDArray[np.bool_], kernel_blocks: int) -> bytes:
-    """The bits of one block as int32 words of its kernel blocks, [kernel_blocks, words each], little-endian."""
-    tokens = bits.shape[0] // kernel_blocks
-    padded = np.zeros((kernel_blocks, -(-tokens // 32) * 32), dtype=np.bool_)
-    padded[:, :tokens] = bits.reshape(kernel_blocks, tokens)
-    return np.packbits(padded, axis=1, bitorder="little").tobytes()
-
-
-def marked_blocks(spans: Spans, size: int, blocks: int) -> list[int]:
-    """Which of a request's first ``blocks`` blocks hold tokens that are not written."""
+def marked_blocks(spans: Spans, size: int, first: int, stop: int) -> list[int]:
+    """Which of a request's blocks ``first`` … ``stop`` − 1 hold tokens that are not written."""
     found: list[int] = []
-    for start, stop in spans:
-        first = start // size
-        if found and found[-1] == first:
-            first += 1
-        found.extend(range(first, min(-(-stop // size), blocks)))
+    for begin, end in spans:
+        least = max(first, begin // size, found[-1] + 1 if found else 0)
+        found.extend(range(least, min(-(-end // size), stop)))
     return found
 
 
