@@ -100,5 +100,5 @@ def unpack(data: bytes) -> Attributes:
         return EMPTY
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as e:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:  # text that is no UTF-8 raises a ValueError
         raise CorruptRecord(f"the session's attributes cannot be read: {e}") from None
