@@ -126,6 +126,32 @@ def register_connector(name: str, module: str) -> None:
         KVConnectorFactory.register_connector(name, module, name)
 
 
+def hash_blocks_with(spans_of: Callable[[Any], Any], hash_blocks: Callable[..., list[bytes]]) -> None:
+    """Hash the blocks of a request for which ``spans_of(request)`` is not empty by
+    ``hash_blocks(request, spans, block_size, hasher, fold)``.
+
+    vllm 0.32: ``get_request_block_hasher`` as imported by the engine core, which calls it where requests arrive and not
+    on the scheduling thread; until a request can name extra keys per block.
+    """
+    core: Any = importlib.import_module("vllm.v1.engine.core")
+
+    def make(original: Any) -> Any:
+        def get_request_block_hasher(hash_block_size: int, caching_hash_fn: Callable[[Any], bytes]) -> Any:
+            hasher = original(hash_block_size, caching_hash_fn)
+
+            def block_hasher(request: Any) -> list[bytes]:
+                spans = spans_of(request)
+                if not spans:
+                    return hasher(request)  # type: ignore[no-any-return]
+                return hash_blocks(request, spans, hash_block_size, hasher, caching_hash_fn)
+
+            return block_hasher
+
+        return get_request_block_hasher
+
+    _wrap(core, "get_request_block_hasher", make)
+
+
 def api_key_check(args: Any) -> Callable[[Any], bool] | None:
     """Whether a request (its ASGI scope) carries one of the server's API keys; None for a server without keys.
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 
 from deltamem_vllm import folders
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.policy import parse_policy
 from deltamem_vllm.store.url import default_url
 
 PLUGIN = "deltamem"
@@ -39,6 +40,7 @@ class Settings(BaseModel):
         write_behind_versions: versions that may wait so, per engine; beyond it answers wait as with ``sync``.
         host_bytes: host memory for sessions and their records, per engine; a number or ``256MiB``.
         ttl: seconds since its last commit after which a session is deleted; 0: never.
+        write: roles whose messages are written, separated by commas, or ``all``, or ``none``.
         kernel: ``auto`` takes the compiled operator where it loads, ``torch`` forces the slow fallback.
         control: folder of the sockets over which API servers talk to the engines; made at start.
     """
@@ -56,6 +58,7 @@ class Settings(BaseModel):
     write_behind_versions: int = Field(default=1024, ge=1, le=1 << 20)
     host_bytes: ByteSize = Field(default=ByteSize(256 << 20), ge=1 << 20)
     ttl: float = Field(default=0.0, ge=0, le=1e10)
+    write: str = "system,user,assistant"
     kernel: Literal["auto", "native", "torch"] = "auto"
     control: str = ""
 
@@ -76,6 +79,12 @@ class Settings(BaseModel):
     def _header_name(cls, value: str) -> str:
         if not _HEADER.fullmatch(value):
             raise ValueError(f"{value!r} is no HTTP header name (letters, digits and '-', at most 64)")
+        return value
+
+    @field_validator("write")
+    @classmethod
+    def _write_policy(cls, value: str) -> str:
+        parse_policy(value)
         return value
 
     def with_control(self) -> "Settings":

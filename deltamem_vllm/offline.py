@@ -24,6 +24,7 @@ from deltamem_vllm.plugin import allow_plugins, register, transfer_config
 from deltamem_vllm.server.scope import TENANT, Mode, check_id
 from deltamem_vllm.sessions.control import BlockingControlClient
 from deltamem_vllm.sessions.grants import EXTRA
+from deltamem_vllm.sessions.masks import normal
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,15 @@ class Turn:
         session: id; None for no session.
         mode: ``readwrite``, ``read`` or ``off``.
         sampling: a ``vllm.SamplingParams``; None for the engine's default.
+        unwritten: spans (start, stop) of token positions, of the prompt or the reply behind it, that are read and not
+            written to the session's memory.
     """
 
     prompt: str | Sequence[int] | Sequence[dict[str, str]]
     session: str | None = None
     mode: Mode = "readwrite"
     sampling: Any = None
+    unwritten: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class SessionLLM:
                     sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: {"mode": "off"}}
                     prompt["cache_salt"] = "deltamem-off:"
                 elif turn.session is not None:
-                    ticket = secrets.token_hex(16)
+                    ticket, spans = secrets.token_hex(16), normal(turn.unwritten)
                     grant = self._control.ask(
                         "admit",
                         ticket=ticket,
@@ -129,8 +133,10 @@ class SessionLLM:
                         salt=None,
                         tokens=np.asarray(prompt["prompt_token_ids"], np.int32).tobytes(),
                         held=False,
+                        unwritten=spans,
                     )
-                    sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: {"ticket": ticket}}
+                    ours = {"ticket": ticket, "unwritten": spans}
+                    sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: ours}
                     prompt["cache_salt"] = grant["salt"]
                 tickets.append(ticket)
                 prompts.append(prompt)

@@ -13,6 +13,8 @@ from typing import Any
 from deltamem_vllm import compat
 from deltamem_vllm.config import CONNECTOR, CONNECTOR_MODULE, PLUGIN, Settings, resolve
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.sessions.grants import EXTRA
+from deltamem_vllm.sessions.masks import hash_blocks
 
 _GROUPS = (
     "vllm.general_plugins",
@@ -69,6 +71,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "SECONDS",
         "help": "Delete sessions that were not written for so long; 0: never (default 0).",
     },
+    "write": {
+        "metavar": "ROLES",
+        "help": "Roles whose messages are written to the memory: all, none, or some of system, user, assistant and "
+        "tool, separated by commas (default system,user,assistant: what a tool says is read, not remembered).",
+    },
     "kernel": {
         "choices": ["auto", "native", "torch"],
         "help": "Delta-rule operators: auto takes the compiled ones and says so if it cannot (default auto).",
@@ -83,6 +90,14 @@ def register() -> None:
     compat.on_model_built(_attach)
     compat.register_connector(CONNECTOR, CONNECTOR_MODULE)
     compat.split_graph_at("deltamem::scan")
+    compat.hash_blocks_with(unwritten_of, hash_blocks)
+
+
+def unwritten_of(request: Any) -> Any:
+    """The spans of a scheduler's request that are not written."""
+    params = request.sampling_params
+    ours = params.extra_args.get(EXTRA) if params is not None and params.extra_args else None
+    return ours.get("unwritten") if isinstance(ours, dict) else None
 
 
 def _check_config(vllm_config: Any) -> None:

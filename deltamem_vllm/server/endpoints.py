@@ -13,6 +13,8 @@ from fastapi import FastAPI
 from deltamem_vllm.compat import api_key_check, end_requests_with_their_engine, wake_engine
 from deltamem_vllm.config import PLUGIN, settings_of
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.policy import parse_policy
+from deltamem_vllm.server.chat import ChatPrompts
 from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import SessionMiddleware
 from deltamem_vllm.server.routes import make_router
@@ -46,7 +48,9 @@ class DeltaMemEndpoints:
         ranks = engine_client.vllm_config.parallel_config.data_parallel_size
         addresses = [settings.control_address(rank) for rank in range(ranks)]
         clients = [ControlClient(address, lambda: engine_client.errored) for address in addresses]
-        wake = functools.partial(wake_engine, engine_client)
-        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, wake)
+        wake, policy = functools.partial(wake_engine, engine_client), parse_policy(settings.write)
+        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, wake, policy)
+        renderer = engine_client.renderer
+        renderer.render_chat_async = ChatPrompts(policy).wrap(renderer.render_chat_async)
         engine_client.generate = gateway.wrap(engine_client.generate)
         state.deltamem_watch = asyncio.ensure_future(end_requests_with_their_engine(engine_client))

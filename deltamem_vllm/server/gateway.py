@@ -18,9 +18,13 @@ from vllm.sampling_params import RequestOutputKind
 
 from deltamem_vllm.compat import is_beam
 from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError
+from deltamem_vllm.policy import ALL, Policy
+from deltamem_vllm.server.chat import MASK
+from deltamem_vllm.server.roles import mask_of
 from deltamem_vllm.server.scope import TENANT, Scope, check_id, current
 from deltamem_vllm.sessions.control import ControlClient
 from deltamem_vllm.sessions.grants import EXTRA
+from deltamem_vllm.sessions.masks import Spans
 
 OUTCOME_TIMEOUT = 30.0
 ADMIT_MARGIN = 10.0
@@ -33,6 +37,7 @@ class Gateway:
         clients: control clients of the engines, by data-parallel rank.
         queue_seconds: how long an admission may take.
         wake: makes idle engines carry out what waits for a step; None where nothing does.
+        policy: roles that are written where a request does not say otherwise.
     """
 
     def __init__(
@@ -40,8 +45,10 @@ class Gateway:
         clients: Sequence[ControlClient],
         queue_seconds: float,
         wake: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        policy: Policy = ALL,
     ) -> None:
         self.clients = clients
+        self.policy = policy
         self.queue_seconds = queue_seconds
         self._wake = wake
 
@@ -78,6 +85,7 @@ class Gateway:
     def _start(
         self, generate: Any, scope: Scope, prompt: Any, params: Any, request_id: str, kwargs: dict[str, Any]
     ) -> AsyncIterator[Any]:
+        prompt, masked = _take_mask(prompt)
         params = copy.copy(params)  # several prompts of one HTTP request share one object
         extra = dict(params.extra_args or {})
         extra.pop(EXTRA, None)  # never trust a client's
@@ -104,7 +112,9 @@ class Gateway:
                 )
         if len(self.clients) > 1:
             kwargs["data_parallel_rank"] = self.rank_of(session)
-        params.extra_args = extra
+        policy = self.policy if scope.writes is None else scope.writes
+        spans = mask_of(masked, len(tokens), policy)
+        params.extra_args = {**extra, EXTRA: {"unwritten": spans}}
         return self._run(generate, scope, session, tokens, prompt, params, request_id, kwargs)
 
     async def _run(
@@ -122,7 +132,7 @@ class Gateway:
         sampled, settled = 0, False
         try:
             grant = await self._admit(client, ticket, scope, session, tokens, prompt, params)
-            params.extra_args = {**params.extra_args, EXTRA: {"ticket": ticket}}
+            params.extra_args[EXTRA]["ticket"] = ticket
             prompt = {**prompt, "cache_salt": grant["salt"]}
             async with contextlib.aclosing(generate(prompt, params, request_id, **kwargs)) as outputs:
                 async for output in outputs:
@@ -164,6 +174,7 @@ class Gateway:
                     tokens=tokens.tobytes(),
                     salt=prompt.get("cache_salt"),
                     held=bool(params.stop),
+                    unwritten=params.extra_args[EXTRA]["unwritten"],
                 )
             )
         except DeltaMemError as e:
@@ -193,6 +204,13 @@ def _token_ids(prompt: Any) -> np.ndarray:
             parameter="session_id",
         )
     return np.asarray(ids, dtype=np.int32)
+
+
+def _take_mask(prompt: Any) -> tuple[Any, Spans | None]:
+    """A prompt as vLLM made it, and the mask of the conversation that it was rendered from."""
+    if not isinstance(prompt, dict) or MASK not in prompt:
+        return prompt, None
+    return {key: value for key, value in prompt.items() if key != MASK}, prompt[MASK]
 
 
 def _salted(prompt: Any, kind: str, always: bool = True) -> Any:

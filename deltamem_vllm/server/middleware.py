@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deltamem_vllm.errors import CapacityError, SessionError
+from deltamem_vllm.server.roles import WRITE_HEADER, requested
 from deltamem_vllm.server.scope import (
     COMMIT_HEADER,
     MODE_HEADER,
@@ -68,12 +69,15 @@ class SessionMiddleware:
         try:
             sessions = [v.decode("latin-1") for k, v in scope["headers"] if k == self.header]
             modes = [v.decode("latin-1") for k, v in scope["headers"] if k == MODE_HEADER.lower().encode()]
-            if len(sessions) > 1 or len(modes) > 1:
-                raise SessionError("the session or mode header was given more than once: send each once")
+            writes = [v.decode("latin-1") for k, v in scope["headers"] if k == WRITE_HEADER.lower().encode()]
+            if len(sessions) > 1 or len(modes) > 1 or len(writes) > 1:
+                raise SessionError("the session, mode or write header was given more than once: send each once")
             if sessions:
                 check_id(sessions[0], self.header.decode())
             if modes:
                 ours.mode = check_mode(modes[0])
+            if writes:
+                ours.writes = requested(writes[0])
         except SessionError as e:
             await _respond(send, e)
             return

@@ -26,6 +26,7 @@ from deltamem_vllm.errors import CapacityError, CorruptRecord, LeaseLost, StaleV
 from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.directory import Session, Unsaved, size_of
 from deltamem_vllm.sessions.grants import Grant
+from deltamem_vllm.sessions.masks import sign
 from deltamem_vllm.store.protocol import Record, SessionKey
 from deltamem_vllm.store.writer import CommitWriter
 
@@ -314,7 +315,7 @@ class Commits:
             layout=self.layout,
             base=base,
             end=state,
-            window=windows.pack(windows.advance(grant.plan, tokens_fed, grant.prompt_tokens)),
+            window=windows.pack(windows.advance(grant.plan, sign(tokens_fed, grant.spans), grant.prompt_tokens)),
             created_at=last.created_at if last else now,
             updated_at=now,
             tokens=before + len(tokens_fed),

@@ -3,7 +3,8 @@
 A Unix socket in a folder that only the server's user can enter; msgpack maps; a question carries a number that its
 answer repeats. Nothing here is reachable from a network.
 
-    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held} → {salt, version, window, matched}
+    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans)}
+                                      → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
     info     {tenant, session}        → {…} or nil
@@ -26,6 +27,7 @@ import zmq
 import zmq.asyncio
 
 from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError, StoreError
+from deltamem_vllm.sessions.masks import normal
 from deltamem_vllm.store.protocol import SessionKey
 
 if TYPE_CHECKING:
@@ -108,7 +110,8 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
         case "admit":
             tokens = np.frombuffer(q["tokens"], dtype=np.int32)
             key = SessionKey(q["tenant"], q["session"])
-            return await service.admit(q["ticket"], key, q["mode"], tokens, q["salt"], q["held"])
+            spans = normal(q.get("unwritten", ()))
+            return await service.admit(q["ticket"], key, q["mode"], tokens, q["salt"], q["held"], spans)
         case "outcome":
             return await service.outcome(q["ticket"])
         case "verdict":

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from deltamem_vllm.sessions.masks import Spans
 from deltamem_vllm.sessions.windows import WRITE_ALL, Mode, Plan
 from deltamem_vllm.store.protocol import Expect, SessionKey
 
@@ -31,6 +32,7 @@ class Grant:
         base: [layers, H, r, r] fp32 state before the prompt's first token; None is the empty memory.
         base_digest: identifies ``base`` by content.
         write_limit: positions at or past it are read only.
+        spans: positions before it that are read only.
         expect: what the store must hold for the commit; None for a session without a record.
         incarnation: the session's; a deleted and re-created session has another one.
         held_for_verdict: an abort of this request may be a stop string; wait for the API process to say.
@@ -47,6 +49,7 @@ class Grant:
     expect: Expect | None
     incarnation: str
     held_for_verdict: bool = False
+    spans: Spans = ()
 
     @property
     def commits(self) -> bool:

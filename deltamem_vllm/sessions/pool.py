@@ -14,7 +14,7 @@ import torch
 from deltamem_vllm.memory.pages import StatePages
 from deltamem_vllm.ops.paged import PagedOps
 from deltamem_vllm.sessions.slots import Place
-from deltamem_vllm.sessions.steps import Commit, Seed
+from deltamem_vllm.sessions.steps import Commit, Mark, Seed
 
 _O = TypeVar("_O")
 _R = TypeVar("_R")
@@ -84,6 +84,13 @@ class SessionPool:
         """
         return _together(self._seed, seeds)
 
+    def mark(self, marks: Sequence[Mark]) -> list[Exception | None]:
+        """Say which tokens of blocks are not written.
+
+        Never raises: see `take`. A request whose order was refused must not commit.
+        """
+        return _together(self._mark, marks)
+
     def set_limit(self, block: int, limit: int) -> None:
         """From which position on the request that starts at a block only reads."""
         self.layers[0].masks.limits[self.kernel_block(block)] = limit
@@ -149,6 +156,20 @@ class SessionPool:
             table = self.layers[0].masks.limits
             table[blocks] = torch.tensor(limits, dtype=table.dtype, device=table.device)
         return [None] * len(seeds)
+
+    def _mark(self, marks: Sequence[Mark]) -> list[None]:
+        parts, table = self.layers[0].blocks_per_manager_block, self.layers[0].masks.unwritten
+        firsts = [self.kernel_block(mark.block) for mark in marks]
+        bits = np.zeros((len(marks), parts, table.shape[1] * 32), dtype=np.uint8)
+        tokens = self.layers[0].tokens
+        for row, mark in enumerate(marks):
+            if mark.bits is not None:
+                whole = np.unpackbits(np.frombuffer(mark.bits, np.uint8), bitorder="little", count=parts * tokens)
+                bits[row, :, :tokens] = whole.reshape(parts, tokens)
+        words = np.packbits(bits, axis=-1, bitorder="little").view("<i4").reshape(len(marks) * parts, -1)
+        rows = [first + part for first in firsts for part in range(parts)]
+        table[rows] = torch.from_numpy(words.astype(np.int32)).to(table.device)
+        return [None] * len(marks)
 
     def _local(self, payload: bytes) -> torch.Tensor:
         """This worker's layers of a whole session state, bytes of [all layers, H, r, r] fp32."""

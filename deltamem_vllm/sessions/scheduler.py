@@ -15,6 +15,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from deltamem_vllm.ops.paged import WRITE_ALL, WRITE_OFF
 from deltamem_vllm.sessions.grants import EXTRA, ZERO, Grant, state_digest
+from deltamem_vllm.sessions.marks import Marks
 from deltamem_vllm.sessions.service import VERDICT_SECONDS, SessionService
 from deltamem_vllm.sessions.slots import SlotTable
 from deltamem_vllm.sessions.steps import Answer, Commit, Seed, Step
@@ -63,6 +64,7 @@ class SchedulerSide:
         self._slots = SlotTable(slots)
         self._grants: dict[str, Grant] = {}
         self._off: set[str] = set()
+        self._marks = Marks(block_size)
         self._step = Step()
         self._held: dict[str, Held] = {}
         self._taking: dict[str, Parts] = {}
@@ -83,6 +85,7 @@ class SchedulerSide:
         grant = self._service.claim(ours.get("ticket", ""))
         if grant is not None:
             self._grants[request.request_id] = grant
+            self._marks.follow(request.request_id, grant.spans)
             return
         # Too late: run it without memory, under a salt of its own, and commit nothing.
         logger.warning("request %s came with a session ticket that has expired", request.request_id)
@@ -102,10 +105,15 @@ class SchedulerSide:
             self._step.zero += self._slots.release(self._service.erased.popleft())
         for new in output.scheduled_new_reqs:  # V2's model runner lists resumed requests here too
             self._seed(new.req_id, new.block_ids[self.group], new.num_computed_tokens)
+            self._step.marks += self._marks.given(new.req_id, new.block_ids[self.group], anew=True)
         cached = output.scheduled_cached_reqs
-        for i, request in enumerate(cached.req_ids if cached.resumed_req_ids else ()):
-            if request in cached.resumed_req_ids and cached.new_block_ids[i] is not None:
-                self._seed(request, cached.new_block_ids[i][self.group], cached.num_computed_tokens[i])
+        for i, request in enumerate(cached.req_ids if cached.resumed_req_ids or self._marks.any else ()):
+            if cached.new_block_ids[i] is None:
+                continue
+            blocks, resumed = cached.new_block_ids[i][self.group], request in cached.resumed_req_ids
+            if resumed:
+                self._seed(request, blocks, cached.num_computed_tokens[i])
+            self._step.marks += self._marks.given(request, blocks, anew=resumed)
         step, self._step = self._step, Step()
         return step
 
@@ -146,6 +154,7 @@ class SchedulerSide:
     def finish(self, request: Request, blocks: list[int]) -> bool:
         """A request ended. True if its blocks must be kept until its state has been taken."""
         self._off.discard(request.request_id)
+        self._marks.leave(request.request_id)
         self._step.zero += self._slots.release(request.request_id)
         grant = self._grants.pop(request.request_id, None)
         if grant is None:

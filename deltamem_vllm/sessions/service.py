@@ -25,6 +25,7 @@ from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.expiry import Expiry
 from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
 from deltamem_vllm.sessions.leases import EngineLeases
+from deltamem_vllm.sessions.masks import Spans, sign
 from deltamem_vllm.sessions.quotas import Quotas
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.sessions.tickets import Ticket, Tickets
@@ -171,12 +172,14 @@ class SessionService:
         tokens: np.ndarray,
         clients_salt: str | None,
         held: bool,
+        spans: Spans = (),
     ) -> dict[str, Any]:
         """Give a prompt its place in a session: waits for its turn, here and among servers, reads the record, plans
         the window.
 
         Args:
             ticket: a fresh random name; whoever asks can withdraw by it, even while waiting.
+            spans: tokens, of the prompt or of the reply, that are not written.
 
         Returns:
             prefix-cache salt for the engine request; the version it starts from; tokens already written.
@@ -195,20 +198,27 @@ class SessionService:
                     self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds),
                     self.leases.holding(session, until),
                 ):
-                    return await self._grant(session, ticket, mode, tokens, clients_salt, held)
-            return await self._grant(session, ticket, mode, tokens, clients_salt, held)
+                    return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans)
+            return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans)
         finally:
             self._admitting.pop(ticket, None)
 
     async def _grant(
-        self, session: Session, ticket: str, mode: windows.Mode, tokens: np.ndarray, salt: str | None, held: bool
+        self,
+        session: Session,
+        ticket: str,
+        mode: windows.Mode,
+        tokens: np.ndarray,
+        salt: str | None,
+        held: bool,
+        spans: Spans,
     ) -> dict[str, Any]:
         self.commits.check_room(session)
         record = await self.records.latest(session)
         if mode == "readwrite":
             await self.quotas.check(session.key, record)
         window = windows.unpack(record.window) if record is not None else None
-        plan = windows.plan(window, tokens)  # type: ignore[arg-type]
+        plan = windows.plan(window, sign(tokens, spans))
         base = None
         if record is not None:
             base = record.end if plan.kind == "new" else record.base
@@ -225,6 +235,7 @@ class SessionService:
             expect=Expect(record.version, record.incarnation) if record is not None else None,
             incarnation=session.incarnation,
             held_for_verdict=held,
+            spans=spans,
         )
         version = record.version if record is not None else 0
         self.tickets.issue(grant, session.deletions, version)

@@ -30,6 +30,21 @@ class Seed:
 
 
 @dataclass
+class Mark:
+    """Which tokens of a block are read and not written.
+
+    Attributes:
+        request: whose block it is now.
+        block: in the block manager's numbering.
+        bits: one bit per token of the block, the first token's lowest; None: all are written.
+    """
+
+    request: str
+    block: int
+    bits: bytes | None
+
+
+@dataclass
 class Commit:
     """A request ended: take the state after ``count`` tokens of ``block`` to ``place``, and send it back."""
 
@@ -41,11 +56,12 @@ class Commit:
 
 @dataclass
 class Step(KVConnectorMetadata):
-    """One step's orders, carried out in this order: commits, zeroing, seeds."""
+    """One step's orders, carried out in this order: commits, zeroing, seeds, marks."""
 
     commits: list[Commit] = field(default_factory=list)
     zero: list[Place] = field(default_factory=list)
     seeds: list[Seed] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
     release: list[str] = field(default_factory=list)  # held requests whose blocks may be freed without a commit
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltamem_vllm.errors import CorruptRecord
 
@@ -34,6 +35,7 @@ WRITE_ALL = 2**31 - 1
 
 Kind = Literal["extend", "replace", "new"]
 Mode = Literal["readwrite", "read", "off"]
+Tokens = Sequence[int] | NDArray[np.int32]
 
 _PERSON = b"deltamem-win"
 _TOKEN = np.dtype("<i4")
@@ -48,7 +50,8 @@ class Boundary:
 
     Attributes:
         count: tokens fed up to here, 1 to 2**31-1.
-        digest: 16 bytes, blake2b-128 (person ``deltamem-win``) of those token ids as little-endian int32.
+        digest: 16 bytes, blake2b-128 (person ``deltamem-win``) of those token ids as little-endian int32; a token that
+            was not written stands as its complement ``~id``.
     """
 
     count: int
@@ -101,11 +104,11 @@ class Plan:
 NEW = Plan("new", (), 0)
 
 
-def prefix_digests(tokens: Sequence[int], counts: Iterable[int]) -> list[bytes]:
+def prefix_digests(tokens: Tokens, counts: Iterable[int]) -> list[bytes]:
     """Digests of several prefixes of ``tokens`` in one pass.
 
     Args:
-        tokens: token ids, each in [0, 2**31).
+        tokens: token ids as ``masks.sign`` gives them.
         counts: prefix lengths, not decreasing, each in [0, len(tokens)].
 
     Returns:
@@ -122,12 +125,12 @@ def prefix_digests(tokens: Sequence[int], counts: Iterable[int]) -> list[bytes]:
     return digests
 
 
-def plan(window: Window | None, tokens: Sequence[int]) -> Plan:
+def plan(window: Window | None, tokens: Tokens) -> Plan:
     """Match a prompt against a session's window.
 
     Args:
         window: the session's window; None for a session without one.
-        tokens: the whole prompt's token ids.
+        tokens: the whole prompt's token ids, signed.
 
     Returns:
         the plan for the largest boundary whose tokens the prompt begins with.
@@ -143,12 +146,12 @@ def plan(window: Window | None, tokens: Sequence[int]) -> Plan:
     return NEW
 
 
-def advance(plan: Plan, tokens_fed: Sequence[int], prompt_len: int) -> Window:
+def advance(plan: Plan, tokens_fed: Tokens, prompt_len: int) -> Window:
     """The window after a commit.
 
     Args:
         plan: what :func:`plan` said about the request's prompt.
-        tokens_fed: every token that went through the model: the prompt and the generated ones except the
+        tokens_fed: every token, signed, that went through the model: the prompt and the generated ones except the
             last sampled one, which has not been fed yet. At least one.
         prompt_len: tokens of the prompt. Its end becomes a boundary, so that a regenerated reply finds it.
 

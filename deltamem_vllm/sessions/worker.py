@@ -43,7 +43,7 @@ class WorkerSide:
 
     @torch.inference_mode()
     def carry_out(self, step: Step) -> None:
-        """Commits first (their pages may be overwritten from now on), then zeroing, then the new requests' seeds."""
+        """Commits first (their pages may be overwritten from now on), then zeroing, then what starts: seeds, marks."""
         if self._pool is None:
             self._done.update(c.request for c in step.commits)
             self._done.update(step.release)
@@ -65,6 +65,10 @@ class WorkerSide:
                 self._refuse(seed.request, "a request could not be given its memory", error)
                 with contextlib.suppress(ValueError):  # no such block: that is the error
                     self._pool.set_limit(seed.block, WRITE_OFF)
+
+        for mark, error in zip(step.marks, self._pool.mark(step.marks), strict=True):
+            if error is not None:  # it writes what it must not: its commit is refused
+                self._refuse(mark.request, "the write mask of a request could not be set", error)
 
     def _refuse(self, request: str, what: str, error: Exception) -> None:
         logger.error("%s: %s", what, error, exc_info=error)

@@ -17,6 +17,7 @@ class Ask:
         ids: the prompt.
         session: None for no session.
         n: tokens to generate.
+        unwritten: spans of tokens that are read and not written.
         prompt_logprobs: ask for the prompt's log-probabilities too (vLLM then skips the prefix cache).
     """
 
@@ -25,6 +26,7 @@ class Ask:
     mode: Literal["readwrite", "read", "off"] = "readwrite"
     n: int = 32
     prompt_logprobs: bool = False
+    unwritten: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

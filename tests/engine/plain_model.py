@@ -7,6 +7,7 @@ Shapes: T tokens, D hidden, H state heads of rank r; S [H, r, r] is S[value, key
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,13 @@ class PlainModel:
             own = {name[len(prefix) :]: t.float() for name, t in tensors.items() if name.startswith(prefix)}
             self.memory[layer] = Memory(config, own)
 
-    def run(self, ids: list[int], states: States | None = None) -> tuple[Tensor, States]:
-        """Log-probabilities [T, V] of the token after each, and each wrapped layer's S after the last token."""
+    def run(
+        self, ids: list[int], states: States | None = None, unwritten: Collection[int] = ()
+    ) -> tuple[Tensor, States]:
+        """Log-probabilities [T, V] of the token after each, and each wrapped layer's S after the last token.
+
+        The tokens at the positions in ``unwritten`` only read.
+        """
         weights, eps = self.weights, self.config["rms_norm_eps"]
         hidden = weights["model.embed_tokens.weight"][torch.tensor(ids)]
         after: States = {}
@@ -62,7 +68,7 @@ class PlainModel:
             h = _rms(hidden, own["input_layernorm.weight"], eps)
             reads = None
             if (memory := self.memory.get(layer)) is not None:
-                reads, after[layer] = memory.scan(h, (states or {}).get(layer))
+                reads, after[layer] = memory.scan(h, (states or {}).get(layer), unwritten)
             hidden = hidden + self._attention(layer, own, h, reads)
             h = _rms(hidden, own["post_attention_layernorm.weight"], eps)
             gate, up = h @ own["mlp.gate_proj.weight"].T, h @ own["mlp.up_proj.weight"].T
@@ -106,8 +112,8 @@ class Memory:
         self.config, self.tensors = config, tensors
         self.heads, self.rank = config["num_state_heads"], config["rank"]
 
-    def scan(self, h: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Every token reads, then writes: reads [T, H·r] and the last S [H, r, r]."""
+    def scan(self, h: Tensor, state: Tensor | None, unwritten: Collection[int] = ()) -> tuple[Tensor, Tensor]:
+        """Every token reads, then, unless it is not to be written, writes: reads [T, H·r] and the last S [H, r, r]."""
         q, k, v = (self._project(h, name) for name in "qkv")
         beta = self._gate(h, "beta")
         mode = self.config["state_update_mode"]
@@ -122,6 +128,8 @@ class Memory:
         reads = []
         for t in range(len(h)):
             reads.append((state @ q[t, :, :, None]).flatten())
+            if t in unwritten:
+                continue
             keep, write = lam[t], beta[t]
             erase = lam[t] * beta[t] if mode == "lambda_outside" else beta[t]
             p = state @ k[t, :, :, None]  # [H, r, 1]

@@ -70,7 +70,7 @@ class Served:
             return [_reply(output, {}) for output in self.llm.generate(prompts, params, use_tqdm=False)]
         from deltamem_vllm.offline import Turn
 
-        turns = [Turn(ask.ids, ask.session, ask.mode, p) for ask, p in zip(asks, params, strict=True)]
+        turns = [Turn(ask.ids, ask.session, ask.mode, p, ask.unwritten) for ask, p in zip(asks, params, strict=True)]
         return [_reply(answer.output, answer.outcome) for answer in self.session_llm.run(turns)]
 
     def abort(self, ask: Ask, after: int, stop: list[str]) -> Aborted:

@@ -18,8 +18,10 @@ KNOW_VLLM = (
     "sessions/connector.py",
     "sessions/scheduler.py",
     "sessions/worker.py",
+    "sessions/marks.py",
     "sessions/steps.py",
     "sessions/pool.py",
+    "server/chat.py",
     "server/gateway.py",
     "server/endpoints.py",
 )

@@ -32,6 +32,7 @@ def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "write_behind_versions": 1024,
         "host_bytes": 256 << 20,
         "ttl": 0.0,
+        "write": "system,user,assistant",
         "kernel": "auto",
         "control": "",
     }
