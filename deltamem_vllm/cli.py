@@ -5,9 +5,11 @@ from __future__ import annotations
 import typer
 
 from deltamem_vllm.adapter import commands as adapter
+from deltamem_vllm.server import commands as keys
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="δ-mem for vLLM: offline tools.")
 app.add_typer(adapter.app, name="adapter")
+app.add_typer(keys.app, name="keys")
 
 
 @app.callback()

@@ -21,7 +21,8 @@ import numpy as np
 from deltamem_vllm.config import PLUGIN, resolve
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.plugin import allow_plugins, register, transfer_config
-from deltamem_vllm.server.scope import TENANT, Mode, check_id
+from deltamem_vllm.server.scope import Mode, check_id
+from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.sessions.control import BlockingControlClient
 from deltamem_vllm.sessions.grants import EXTRA
 
@@ -123,7 +124,7 @@ class SessionLLM:
                     grant = self._control.ask(
                         "admit",
                         ticket=ticket,
-                        tenant=TENANT,
+                        tenant=DEFAULT_TENANT,
                         session=check_id(turn.session, "session"),
                         mode=turn.mode,
                         salt=None,
@@ -145,12 +146,12 @@ class SessionLLM:
 
     def info(self, session: str) -> dict[str, Any] | None:
         """What is known of a session, or None."""
-        found: dict[str, Any] | None = self._control.ask("info", tenant=TENANT, session=session)
+        found: dict[str, Any] | None = self._control.ask("info", tenant=DEFAULT_TENANT, session=session)
         return found
 
     def delete(self, session: str) -> bool:
         """Erase a session; False if there was none."""
-        return bool(self._control.ask("delete", tenant=TENANT, session=session)["existed"])
+        return bool(self._control.ask("delete", tenant=DEFAULT_TENANT, session=session)["existed"])
 
     def close(self) -> None:
         """Stop the engine."""

@@ -4,16 +4,22 @@ Listing, forking, resetting, rolling back, exporting and importing sessions will
 """
 
 from argparse import Namespace
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 
-from deltamem_vllm.compat import api_key_check
-from deltamem_vllm.config import PLUGIN, settings_of
+from deltamem_vllm import redaction
+from deltamem_vllm.compat import api_keys
+from deltamem_vllm.config import PLUGIN, Settings, settings_of
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.names import Names
 from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import SessionMiddleware
 from deltamem_vllm.server.routes import make_router
+from deltamem_vllm.server.scope import current
+from deltamem_vllm.server.tenants import FileKeys, OneTenant, ServerKeys, Tenants
 from deltamem_vllm.sessions.control import ControlClient
 
 
@@ -29,8 +35,10 @@ class DeltaMemEndpoints:
         app.add_middleware(
             SessionMiddleware,
             session_header=settings.session_header if settings else "X-Session-ID",
-            has_key=api_key_check(app.state.args),
+            tenants=_tenants(settings, app.state.args),
         )
+        if settings is not None:
+            redaction.install(partial(_log_context, Names(settings.secret())))
         app.include_router(make_router())
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -43,5 +51,21 @@ class DeltaMemEndpoints:
             )
         ranks = engine_client.vllm_config.parallel_config.data_parallel_size
         clients = [ControlClient(settings.control_address(rank)) for rank in range(ranks)]
-        state.deltamem = gateway = Gateway(clients, settings.queue_seconds)
+        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, Names(settings.secret()))
         engine_client.generate = gateway.wrap(engine_client.generate)
+
+
+def _tenants(settings: Settings | None, args: Namespace) -> Tenants:
+    """Who knows this server's tenants: the key file, vLLM's own keys, or nobody."""
+    if settings is not None and settings.key_file:
+        return FileKeys(settings.key_file)
+    keys = api_keys(args)
+    return ServerKeys(keys) if keys else OneTenant()
+
+
+def _log_context(names: Names) -> tuple[redaction.Label | None, Iterable[str]]:
+    """How log lines of the request that is being served call its sessions."""
+    scope = current.get()
+    if scope is None:
+        return None, ()
+    return (partial(names.label, scope.tenant.name) if scope.tenant is not None else None), scope.ids

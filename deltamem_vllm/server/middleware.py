@@ -5,7 +5,6 @@ that is refused on its way to the engine gets its proper status, streaming or no
 """
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from deltamem_vllm.errors import CapacityError, SessionError
@@ -17,7 +16,9 @@ from deltamem_vllm.server.scope import (
     check_id,
     check_mode,
     current,
+    no_key,
 )
+from deltamem_vllm.server.tenants import OneTenant, Tenants, bearer, is_open
 
 _STATUS_TYPES = {
     400: "BadRequestError",
@@ -25,6 +26,7 @@ _STATUS_TYPES = {
     404: "NotFoundError",
     409: "ConflictError",
     422: "UnprocessableEntityError",
+    429: "RateLimitError",
 }
 
 
@@ -34,6 +36,8 @@ def error_body(error: BaseException) -> tuple[int, dict[str, str], bytes]:
     headers = {"content-type": "application/json"}
     if isinstance(error, CapacityError):
         headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     body = {
         "message": str(error),
         "type": _STATUS_TYPES.get(status, "ServiceUnavailableError" if status == 503 else "InternalServerError"),
@@ -49,28 +53,33 @@ class SessionMiddleware:
     Args:
         app: the application inside.
         session_header: name of the header that vLLM's own code does not know; renamed to ``X-Session-ID`` for it.
-        has_key: whether a request's ASGI scope carries an API key of the server; None if it asks for none.
+        tenants: tells whose request it is.
     """
 
-    def __init__(
-        self, app: Any, session_header: str = "X-Session-ID", has_key: Callable[[Any], bool] | None = None
-    ) -> None:
+    def __init__(self, app: Any, session_header: str = "X-Session-ID", tenants: Tenants | None = None) -> None:
         self.app = app
-        self.has_key = has_key
+        self.tenants = tenants if tenants is not None else OneTenant()
         self.header = session_header.lower().encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        ours = Scope(stranger=self.has_key is not None and not self.has_key(scope))
+        ours = Scope(tenant=self.tenants.of(bearer(scope["headers"])))
+        if ours.tenant is None and self._guarded(scope):
+            await _turn_away(scope, send)
+            return
+        if scope["type"] == "websocket":  # none of vLLM's has sessions
+            await self.app(scope, receive, send)
+            return
         try:
             sessions = [v.decode("latin-1") for k, v in scope["headers"] if k == self.header]
             modes = [v.decode("latin-1") for k, v in scope["headers"] if k == MODE_HEADER.lower().encode()]
             if len(sessions) > 1 or len(modes) > 1:
                 raise SessionError("the session or mode header was given more than once: send each once")
             if sessions:
-                check_id(sessions[0], self.header.decode())
+                ours.header_id = check_id(sessions[0], self.header.decode())
+                ours.ids.add(ours.header_id)
             if modes:
                 ours.mode = check_mode(modes[0])
         except SessionError as e:
@@ -84,6 +93,19 @@ class SessionMiddleware:
             await self.app(scope, receive, _Sender(send, ours))
         finally:
             current.reset(token)
+
+    def _guarded(self, scope: Any) -> bool:
+        """Whether it is ours to refuse this request to a stranger."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        preflight = scope["type"] == "http" and scope["method"] == "OPTIONS"  # a browser sends it without the key
+        return self.tenants.guard_everything and not preflight and not is_open(path)
+
+
+async def _turn_away(scope: Any, send: Any) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})  # before it was accepted: the handshake gets 403
+    else:
+        await _respond(send, no_key("this server needs an API key, and the request has none of its"))
 
 
 class _Sender:

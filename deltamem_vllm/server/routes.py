@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field
 from deltamem_vllm.errors import DeltaMemError, SessionError
 from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import error_body
-from deltamem_vllm.server.scope import TENANT, check_id
+from deltamem_vllm.server.scope import check_id, tenant_of_request
+from deltamem_vllm.store.protocol import SessionKey
 
 
 class SessionInfo(BaseModel):
@@ -45,11 +46,7 @@ def make_router() -> APIRouter:
     async def get_session(session_id: str, request: Request) -> Any:
         """What is known of a session; 404 where there is none."""
         try:
-            found = (
-                await _gateway(request)
-                .client_of(check_id(session_id, "session_id"))
-                .ask("info", tenant=TENANT, session=session_id)
-            )
+            found = await _ask(request, "info", session_id)
             if found is None:
                 raise _not_found(session_id)
         except DeltaMemError as e:
@@ -60,11 +57,7 @@ def make_router() -> APIRouter:
     async def delete_session(session_id: str, request: Request) -> Any:
         """Erase a session. A request that is running finishes and commits nothing."""
         try:
-            answer = (
-                await _gateway(request)
-                .client_of(check_id(session_id, "session_id"))
-                .ask("delete", tenant=TENANT, session=session_id)
-            )
+            answer = await _ask(request, "delete", session_id)
             if not answer["existed"]:
                 raise _not_found(session_id)
         except DeltaMemError as e:
@@ -74,9 +67,11 @@ def make_router() -> APIRouter:
     return router
 
 
-def _gateway(request: Request) -> Gateway:
+async def _ask(request: Request, do: str, session_id: str) -> Any:
+    """Ask the engine of a session of the request's tenant. Another tenant's is one that does not exist."""
     gateway: Gateway = request.app.state.deltamem
-    return gateway
+    key = SessionKey(tenant_of_request().name, check_id(session_id, "session_id"))
+    return await gateway.client_of(key).ask(do, tenant=key.tenant, session=key.session)
 
 
 def _not_found(session_id: str) -> SessionError:

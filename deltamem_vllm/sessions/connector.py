@@ -23,6 +23,7 @@ from deltamem_vllm.config import settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.memory.pages import SUFFIX
 from deltamem_vllm.memory.preflight import backbone_shape, model_fingerprint
+from deltamem_vllm.redaction import install
 from deltamem_vllm.sessions.control import serve
 from deltamem_vllm.sessions.scheduler import SchedulerSide
 from deltamem_vllm.sessions.service import SessionService
@@ -58,6 +59,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         settings = settings_of(vllm_config)
         if settings is None:
             raise ConfigError("DeltaMemConnector needs the settings that --plugin deltamem makes; pass that instead")
+        install()
         adapter = load_adapter(settings.adapter, backbone_shape(vllm_config))
         layer_ids = sorted(adapter.layers)
         shape = adapter.shape
@@ -76,6 +78,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             state_shape=state_shape,
             queue_depth=settings.queue_depth,
             queue_seconds=settings.queue_seconds,
+            secret=settings.secret(),
         )
         address = settings.control_address(vllm_config.parallel_config.data_parallel_index)
         self._service.start(lambda service: serve(service, address))

@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from deltamem_vllm.errors import SessionError
+from deltamem_vllm.names import Names
 from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.commits import Commits
 from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
+from deltamem_vllm.sessions.rates import Rates
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.sessions.tickets import Ticket, Tickets
 from deltamem_vllm.store.protocol import Expect, SessionKey, StateStore
@@ -46,6 +48,7 @@ class SessionService:
         model: backbone fingerprint.
         state_shape: [layers, H, r, r].
         queue_depth, queue_seconds: see `deltamem_vllm.config.Settings`.
+        secret: the server's, at least 32 bytes.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class SessionService:
         state_shape: tuple[int, ...],
         queue_depth: int,
         queue_seconds: float,
+        secret: bytes,
     ) -> None:
         self.adapter, self.state_shape = adapter, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
@@ -67,6 +71,8 @@ class SessionService:
         self.commits = Commits(self.writer, layout=layout, adapter=adapter, model=model, state_shape=state_shape)
         self.directory = Directory(RECORD_BUDGET)
         self.erased_states: list[str] = []
+        self.rates = Rates()
+        self._names = Names(secret)
         self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
@@ -204,7 +210,7 @@ class SessionService:
         limit = grant.write_limit
         made_from = f"{self.adapter}/{self._epoch}"
         return {
-            "salt": cache_salt(session.key, grant.incarnation, grant.base_digest, limit, made_from, salt),
+            "salt": cache_salt(session.key, grant.incarnation, grant.base_digest, limit, made_from, salt, self._names),
             "version": version,
             "window": plan.kind,
             "matched": plan.matched,

@@ -22,6 +22,7 @@ from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.plugin import _FLAGS, register
 from tests.server.conftest import ADAPTER, HERE, MODEL
 
+LOOPBACK = ["--host", "127.0.0.1"]
 SMALL = ["--dtype", "float32", "--block-size", "32", "--max-model-len", "1024", "--enforce-eager"]
 
 
@@ -52,7 +53,16 @@ def configure(*arguments: str, model: Path = MODEL) -> Any:
 
 
 def plugin(*arguments: str, adapter: Path = ADAPTER, store: str = "memory://") -> list[str]:
-    return ["--plugin", "deltamem", "--deltamem-adapter", str(adapter), "--deltamem-store", store, *arguments]
+    return [
+        "--plugin",
+        "deltamem",
+        "--deltamem-adapter",
+        str(adapter),
+        "--deltamem-store",
+        store,
+        *LOOPBACK,
+        *arguments,
+    ]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -84,10 +94,10 @@ def test_a_yaml_file_is_a_command_line(tmp_path: Path) -> None:
         f"plugin: deltamem\ndeltamem-adapter: {ADAPTER}\ndeltamem-store: memory://\ndeltamem-queue-depth: 5\n"
         "deltamem-queue-seconds: 2.5\n"
     )
-    settings = settings_of(parse("--config", str(path)))
+    settings = settings_of(parse("--config", str(path), *LOOPBACK))
     assert settings is not None
     assert (settings.adapter, settings.queue_depth, settings.queue_seconds) == (str(ADAPTER), 5, 2.5)
-    overridden = settings_of(parse("--config", str(path), "--deltamem-queue-depth", "6"))
+    overridden = settings_of(parse("--config", str(path), *LOOPBACK, "--deltamem-queue-depth", "6"))
     assert overridden is not None
     assert overridden.queue_depth == 6
 
@@ -95,7 +105,7 @@ def test_a_yaml_file_is_a_command_line(tmp_path: Path) -> None:
 def test_the_environment_is_a_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTAMEM_ADAPTER", str(ADAPTER))
     monkeypatch.setenv("DELTAMEM_STORE", "memory://")
-    settings = settings_of(parse("--plugin", "deltamem"))
+    settings = settings_of(parse("--plugin", "deltamem", *LOOPBACK))
     assert settings is not None
     assert (settings.adapter, settings.store) == (str(ADAPTER), "memory://")
 

@@ -1,9 +1,9 @@
 """The session service through its real socket, as API processes talk to it."""
 
 import asyncio
-import os
 import random
 import secrets
+import shutil
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -232,4 +232,4 @@ def test_only_the_servers_user_reaches_the_socket(tmp_path: Path) -> None:
         assert settings.control_address(3) == f"ipc://{settings.control}/engine-3"
         assert resolve({"adapter": "x", "store": "memory://"}).with_control().control != settings.control
     finally:
-        os.rmdir(settings.control)  # noqa: PTH106
+        shutil.rmtree(settings.control)
