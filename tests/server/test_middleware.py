@@ -10,7 +10,8 @@ import pytest
 
 from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError, StoreUnavailable
 from deltamem_vllm.server.middleware import SessionMiddleware, error_body
-from deltamem_vllm.server.scope import Scope, check_id, current
+from deltamem_vllm.server.scope import Scope, check_id, current, effective_id
+from deltamem_vllm.server.tenants import Tenant
 
 Headers = list[tuple[bytes, bytes]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -115,6 +116,22 @@ def test_ids_from_elsewhere_are_refused_too(bad: Any) -> None:
         check_id(bad, "session_id")
 
 
+def test_the_effective_id() -> None:
+    assert effective_id(None, None, None) is None
+    assert effective_id("", None, "") is None
+    for body, header, extra in (("a", None, None), ("a", "a", None), ("a", None, "a"), ("a", "a", "a")):
+        assert effective_id(body, header, extra) == "a"
+    different = (("a", "b", None), ("a", None, "b"), ("a", "a", "b"), ("a", "b", "a"), ("a", "b", "c"))
+    for body, header, extra in different:
+        with pytest.raises(SessionError, match="different sessions") as e:
+            effective_id(body, header, extra)
+        said = {word.strip(",:") for word in str(e.value).split()}
+        assert {repr(each) for each in (body, header, extra) if each} <= said
+    for odd in (7, ["a"], "a b", True):
+        with pytest.raises(SessionError, match="invalid session id"):
+            effective_id("a", None, odd)
+
+
 @pytest.mark.parametrize("name", [b"x-session-id", b"x-deltamem-mode"])
 def test_a_header_given_twice_is_refused(name: bytes) -> None:
     response = exchange(never, (name, b"read"), (name, b"read"))
@@ -164,6 +181,64 @@ def test_other_kinds_of_connection_pass_untouched() -> None:
 
     asyncio.run(scenario())
     assert seen == [("lifespan", None), ("websocket", None)]
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+class Keyed:
+    """Knows one key."""
+
+    def __init__(self, guard_everything: bool) -> None:
+        self.guard_everything = guard_everything
+
+    def of(self, key: str | None) -> Tenant | None:
+        return Tenant("known") if key == "k" else None
+
+
+async def knock(
+    guard: bool, kind: str = "http", path: str = "/v1/x", key: str | None = None, **scope: Any
+) -> list[Any]:
+    """What a request through the middleware leads to: the tenant that the application saw, or what was sent instead."""
+    found: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        ours = current.get()
+        found.append(ours.tenant if ours is not None else "no scope")
+
+    async def send(message: Any) -> None:
+        found.append(message)
+
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    whole = {"type": kind, "method": "POST", "path": path, "headers": headers, **scope}
+    await SessionMiddleware(app, tenants=Keyed(guard))(whole, None, send)
+    return found
+
+
+def test_a_key_makes_a_tenant() -> None:
+    for guard in (True, False):
+        assert asyncio.run(knock(guard, key="k")) == [Tenant("known")]
+    assert asyncio.run(knock(False, key="other")) == [None], "vLLM guards its own paths, and the gateway the sessions"
+
+
+def test_strangers_reach_nothing_but_open_paths() -> None:
+    for key in (None, "other"):
+        start, body = asyncio.run(knock(True, key=key))
+        assert start["status"] == 401
+        assert json.loads(body["body"])["error"]["type"] == "AuthenticationError"
+        for path in ("/v1/x", "/invocations", "/", "//health", "/health/x", "/tokenize"):
+            assert asyncio.run(knock(True, path=path, key=key))[0]["status"] == 401
+        for path in ("/health", "/metrics", "/metrics/", "/version", "/ping"):
+            assert asyncio.run(knock(True, path=path, key=key)) == [None]
+    assert asyncio.run(knock(True, method="OPTIONS")) == [None], "a browser's preflight has no key"
+    assert asyncio.run(knock(True, path="/base/health", root_path="/base")) == [None]
+    assert asyncio.run(knock(True, path="/base/v1/x", root_path="/base"))[0]["status"] == 401
+
+
+def test_websockets_need_a_key_too() -> None:
+    assert asyncio.run(knock(True, "websocket")) == [{"type": "websocket.close", "code": 1008}]
+    assert asyncio.run(knock(True, "websocket", key="k")) == ["no scope"]
+    assert asyncio.run(knock(False, "websocket")) == ["no scope"]
 
 
 # --- outcomes ---------------------------------------------------------------------------------------------------------
