@@ -85,6 +85,11 @@ class SessionMiddleware:
         except SessionError as e:
             await _respond(send, e)
             return
+        path = scope["path"]
+        if "/v1/sessions/" in path and path.endswith("/"):
+            # Else it would be redirected, and vLLM's HTTP metrics have a label for the path of a redirect, id and all.
+            raw = scope.get("raw_path") or path.encode()
+            scope = {**scope, "path": path.rstrip("/"), "raw_path": raw.rstrip(b"/")}
         if self.header != b"x-session-id":
             kept = [(k, v) for k, v in scope["headers"] if k not in (self.header, b"x-session-id")]
             scope = {**scope, "headers": kept + [(b"x-session-id", s.encode("latin-1")) for s in sessions]}

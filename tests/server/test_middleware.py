@@ -169,6 +169,29 @@ def test_a_renamed_header_reaches_vllm_under_its_own_name_and_the_old_one_does_n
     assert exchange(never, (b"x-conversation", b"a b"), header="X-Conversation").status == 400
 
 
+@pytest.mark.parametrize(
+    ("path", "served"),
+    [
+        ("/v1/sessions/mia/", "/v1/sessions/mia"),
+        ("/v1/sessions/mia//", "/v1/sessions/mia"),
+        ("/base/v1/sessions/mia/fork/", "/base/v1/sessions/mia/fork"),
+        ("/v1/sessions/", "/v1/sessions"),
+        ("/v1/sessions/mia", "/v1/sessions/mia"),
+        ("/v1/models/", "/v1/models/"),
+    ],
+)
+def test_a_sessions_path_is_not_redirected(path: str, served: str) -> None:
+    """The metrics that vLLM keeps of HTTP requests would name the path of a redirect."""
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope["path"], scope["raw_path"]))
+
+    scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "headers": []}
+    asyncio.run(SessionMiddleware(app)(scope, None, None))
+    assert seen == [(served, served.encode())]
+
+
 def test_other_kinds_of_connection_pass_untouched() -> None:
     seen = []
 
