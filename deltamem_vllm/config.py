@@ -6,10 +6,12 @@ the server (API, engine core, workers) sees the same values.
 """
 
 import atexit
+import logging
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.names import MIN_SECRET_BYTES
 from deltamem_vllm.store.url import default_url
+
+logger = logging.getLogger("vllm.deltamem")
 
 PLUGIN = "deltamem"
 CONNECTOR = "DeltaMemConnector"
@@ -102,8 +106,10 @@ def _read_secret(path: str) -> bytes:
         mode, secret = Path(path).stat().st_mode, Path(path).read_bytes()
     except OSError as e:
         raise ConfigError(f"--deltamem-secret-file {path} cannot be read: {e.strerror}") from None
-    if mode & 0o007:
-        raise ConfigError(f"--deltamem-secret-file {path} is open to anyone on this machine: chmod 600 it")
+    if mode & stat.S_IWOTH:
+        raise ConfigError(f"--deltamem-secret-file {path} can be written by anyone: chmod 600 it, and make a new one")
+    if mode & stat.S_IROTH:
+        logger.warning("--deltamem-secret-file %s can be read by anyone on this machine: chmod 600 it", path)
     if len(secret) < MIN_SECRET_BYTES:
         raise ConfigError(
             f"--deltamem-secret-file {path} has {len(secret)} bytes; it needs {MIN_SECRET_BYTES} random ones or more: "

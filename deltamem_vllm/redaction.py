@@ -92,10 +92,10 @@ class _RedactingFactory:
                 record.exc_text = cleaned  # formatters take it in place of what they would make of exc_info
 
 
-def install(context: Context = _nowhere) -> None:
-    """Redact whatever this process logs from now on; a second call only changes the context."""
+def install(context: Context | None = None) -> None:
+    """Redact whatever this process logs from now on; a second call only changes the context, if it gives one."""
     factory = logging.getLogRecordFactory()
-    if isinstance(factory, _RedactingFactory):
+    if not isinstance(factory, _RedactingFactory):
+        logging.setLogRecordFactory(_RedactingFactory(factory, context or _nowhere))
+    elif context is not None:
         factory.context = context
-    else:
-        logging.setLogRecordFactory(_RedactingFactory(factory, context))
