@@ -99,9 +99,10 @@ def fuzzed(rng: random.Random, key: str) -> tuple[str, list[tuple[bytes, bytes]]
         body = {"model": "m", "input": "Who?", "max_output_tokens": 2}
     for _ in range(rng.randrange(3)):
         where, value = rng.choice(FIELDS), rng.choice(JUNK)
-        if where in SESSION_PLACES and rng.random() < 0.3:
-            value = new_id()
-        body[where] = rng.choice((value, {"session_id": value})) if where in SESSION_PLACES else value
+        if where in SESSION_PLACES and rng.random() < 0.5:
+            value = new_id() if rng.random() < 0.5 else value
+            value = {"session_id": value} if where == "vllm_xargs" else value
+        body[where] = value
     raw = json.dumps(body).encode()
     if rng.random() < 0.1:
         cut = rng.randrange(len(raw))
