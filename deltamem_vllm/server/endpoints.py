@@ -3,6 +3,7 @@
 Listing, forking, resetting, rolling back, exporting and importing sessions will live beside `routes`.
 """
 
+import asyncio
 from argparse import Namespace
 from collections.abc import Iterable
 from functools import partial
@@ -32,10 +33,11 @@ class DeltaMemEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes and, innermost (inside authentication), the middleware."""
         settings = settings_of(app.state.args)
+        app.state.deltamem_tenants = tenants = _tenants(settings, app.state.args)
         app.add_middleware(
             SessionMiddleware,
             session_header=settings.session_header if settings else "X-Session-ID",
-            tenants=_tenants(settings, app.state.args),
+            tenants=tenants,
         )
         if settings is not None:
             redaction.install(partial(_log_context, Names(settings.secret())))
@@ -53,6 +55,8 @@ class DeltaMemEndpoints:
         clients = [ControlClient(settings.control_address(rank)) for rank in range(ranks)]
         state.deltamem = gateway = Gateway(clients, settings.queue_seconds, Names(settings.secret()))
         engine_client.generate = gateway.wrap(engine_client.generate)
+        if isinstance(state.deltamem_tenants, FileKeys):
+            state.deltamem_watch = asyncio.create_task(state.deltamem_tenants.watch())  # kept, else it is collected
 
 
 def _tenants(settings: Settings | None, args: Namespace) -> Tenants:

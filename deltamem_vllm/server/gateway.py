@@ -74,6 +74,7 @@ class Gateway:
         scope.ids.update(each for each in (extra_id, resolved) if isinstance(each, str) and each)
         session = effective_id(resolved, scope.header_id, extra_id)
         tenant = scope.tenant.name if scope.tenant is not None else ""
+        scope.admitted = scope.mode == "off" or not session
         if scope.mode == "off":
             params.extra_args = {**extra, EXTRA: {"mode": "off"}}
             return generate(self._salted(prompt, "off", tenant), params, request_id, **kwargs)  # type: ignore[no-any-return]
@@ -118,6 +119,7 @@ class Gateway:
                 grant = await self._admit(client, ticket, scope, key, tokens, prompt, params)
             except DeltaMemError as e:
                 raise _refusal(scope, e) from None
+            scope.admitted = True
             params.extra_args = {**params.extra_args, EXTRA: {"ticket": ticket}}
             prompt = {**prompt, "cache_salt": grant["salt"]}
             async with contextlib.aclosing(generate(prompt, params, request_id, **kwargs)) as outputs:

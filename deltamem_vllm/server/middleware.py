@@ -20,6 +20,9 @@ from deltamem_vllm.server.scope import (
 )
 from deltamem_vllm.server.tenants import OneTenant, Tenants, bearer, is_open
 
+HELD = 4
+"""Parts of a stream that wait for the engine to be reached: the Responses API tells of a response before it asks."""
+
 _STATUS_TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -94,8 +97,12 @@ class SessionMiddleware:
             kept = [(k, v) for k, v in scope["headers"] if k not in (self.header, b"x-session-id")]
             scope = {**scope, "headers": kept + [(b"x-session-id", s.encode("latin-1")) for s in sessions]}
         token = current.set(ours)
+        sender = _Sender(send, ours)
         try:
-            await self.app(scope, receive, _Sender(send, ours))
+            await self.app(scope, receive, sender)
+        except Exception:
+            if not await sender.settle():
+                raise
         finally:
             current.reset(token)
 
@@ -121,6 +128,7 @@ class _Sender:
         self._start: dict[str, Any] | None = None
         self._replaced = False
         self._streams = False
+        self._held: list[dict[str, Any]] = []
 
     async def __call__(self, message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
@@ -129,19 +137,30 @@ class _Sender:
         if self._replaced:
             return
         if self._start is not None:
-            start, self._start = self._start, None
-            if self._ours.failure is not None:
-                self._replaced = True
-                await _respond(self._send, self._ours.failure)
+            if await self.settle():
                 return
-            headers = list(start.get("headers", []))
+            headers = list(self._start.get("headers", []))
             self._streams = any(k.lower() == b"content-type" and v.startswith(b"text/event-stream") for k, v in headers)
+            if self._streams and message.get("more_body") and not self._ours.admitted and len(self._held) < HELD:
+                self._held.append(message)
+                return
+            start, self._start = self._start, None
             await self._send({**start, "headers": headers + self._headers()})
+            for each in self._held:
+                await self._send(each)
+            self._held = []
         if self._streams and not message.get("more_body", False) and self._ours.outcome:
             # A stream's headers are gone before its outcome is known: say it in a closing comment.
             comment = "".join(f": {k.decode()}: {v.decode()}\n" for k, v in self._headers()) + "\n"
             message = {**message, "body": message.get("body", b"") + comment.encode()}
         await self._send(message)
+
+    async def settle(self) -> bool:
+        """Answer with our failure if there is one and nothing has left; whether that is the response."""
+        if self._ours.failure is not None and self._start is not None:
+            self._start, self._replaced = None, True
+            await _respond(self._send, self._ours.failure)
+        return self._replaced
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         outcome = self._ours.outcome

@@ -26,6 +26,7 @@ class Scope:
         mode: from the mode header; readwrite unless it says otherwise.
         header_id: the session id of its header, if any.
         ids: every session id it is known to name so far.
+        admitted: its first engine request was let through.
         engine_calls: how many engine requests it has made with a session it may write.
         outcome: what the session service said of its ticket.
         failure: an error of ours that the response must become, headers and status included.
@@ -35,6 +36,7 @@ class Scope:
     mode: Mode = "readwrite"
     header_id: str | None = None
     ids: set[str] = field(default_factory=set)
+    admitted: bool = False
     engine_calls: int = 0
     outcome: dict[str, Any] = field(default_factory=dict)
     failure: BaseException | None = None

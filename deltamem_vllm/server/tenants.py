@@ -8,6 +8,7 @@ Keys come from one of three places:
 * none: everybody is the tenant ``default``.
 """
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -172,6 +173,12 @@ class FileKeys:
         if self._clock() >= self._next:
             self._poll()
         return _find(self._tenants, key)
+
+    async def watch(self) -> None:
+        """Look at the file until cancelled: a process that is asked nothing for a while must not miss a change."""
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            self._poll()
 
     def _poll(self) -> None:
         self._next = self._clock() + POLL_SECONDS

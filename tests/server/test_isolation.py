@@ -132,6 +132,15 @@ def test_fuzzed_requests_are_the_clients_fault_and_the_server_lives(g: Guarded) 
 # --- quota and rotation -----------------------------------------------------------------------------------------------
 
 
+def test_a_streamed_response_is_refused_as_any_other(g: Guarded) -> None:
+    body = {"model": "m", "input": "Who?", "max_output_tokens": 2, "stream": True}
+    with g.talk("a") as talk:
+        refused(talk.post("/v1/responses", json={**body, "session_id": "a b"}), 400, "invalid session id")
+        other = {"X-Session-ID": new_id()}
+        refused(talk.post("/v1/responses", json={**body, "session_id": new_id()}, headers=other), 400, "different")
+        assert talk.post("/v1/responses", json=body, headers=other).text.count("response.completed") >= 1
+
+
 def test_a_tenant_writes_as_often_as_its_quota_says(g: Guarded) -> None:
     with g.talk("slow") as slow, g.talk("a") as other:
         said = [slow.complete(FACT, new_id()) for _ in range(4)]
@@ -158,15 +167,12 @@ def test_keys_rotate_while_the_server_runs(g: Guarded) -> None:
         ok(talk.complete(FACT, s))
     g.keys["b"] = new
     g.write_keys()
-    changed = time.monotonic()
-    while 200 in status(g, old) or 401 in status(g, new):
-        assert time.monotonic() - changed < 10, "the new key file was not read"
-    took = time.monotonic() - changed
-    assert took < 2 + 1, f"it took {took:.1f} s"  # a second for a machine that is busy with other things
+    time.sleep(3)  # two are promised; one more for a machine that is busy with other things
+    assert (status(g, old), status(g, new)) == ({401}, {200})
     with g.talk("b") as talk:
         assert talk.version(s) == 1, "a new key of a tenant opens its sessions"
     g.replace_keys("{")
-    time.sleep(1.5)  # there is nothing to wait for: it must have been looked at, and nothing must change
+    time.sleep(3)  # each process must have looked at it, and nothing must change
     assert status(g, new) == {200}
     g.write_keys()
 

@@ -11,7 +11,6 @@ import pytest
 from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError, StoreUnavailable
 from deltamem_vllm.server.middleware import SessionMiddleware, error_body
 from deltamem_vllm.server.scope import Scope, check_id, current, effective_id
-from deltamem_vllm.server.tenants import Tenant
 
 Headers = list[tuple[bytes, bytes]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -206,64 +205,6 @@ def test_other_kinds_of_connection_pass_untouched() -> None:
     assert seen == [("lifespan", None), ("websocket", None)]
 
 
-# --- keys -------------------------------------------------------------------------------------------------------------
-
-
-class Keyed:
-    """Knows one key."""
-
-    def __init__(self, guard_everything: bool) -> None:
-        self.guard_everything = guard_everything
-
-    def of(self, key: str | None) -> Tenant | None:
-        return Tenant("known") if key == "k" else None
-
-
-async def knock(
-    guard: bool, kind: str = "http", path: str = "/v1/x", key: str | None = None, **scope: Any
-) -> list[Any]:
-    """What a request through the middleware leads to: the tenant that the application saw, or what was sent instead."""
-    found: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        ours = current.get()
-        found.append(ours.tenant if ours is not None else "no scope")
-
-    async def send(message: Any) -> None:
-        found.append(message)
-
-    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-    whole = {"type": kind, "method": "POST", "path": path, "headers": headers, **scope}
-    await SessionMiddleware(app, tenants=Keyed(guard))(whole, None, send)
-    return found
-
-
-def test_a_key_makes_a_tenant() -> None:
-    for guard in (True, False):
-        assert asyncio.run(knock(guard, key="k")) == [Tenant("known")]
-    assert asyncio.run(knock(False, key="other")) == [None], "vLLM guards its own paths, and the gateway the sessions"
-
-
-def test_strangers_reach_nothing_but_open_paths() -> None:
-    for key in (None, "other"):
-        start, body = asyncio.run(knock(True, key=key))
-        assert start["status"] == 401
-        assert json.loads(body["body"])["error"]["type"] == "AuthenticationError"
-        for path in ("/v1/x", "/invocations", "/", "//health", "/health/x", "/tokenize"):
-            assert asyncio.run(knock(True, path=path, key=key))[0]["status"] == 401
-        for path in ("/health", "/metrics", "/metrics/", "/version", "/ping"):
-            assert asyncio.run(knock(True, path=path, key=key)) == [None]
-    assert asyncio.run(knock(True, method="OPTIONS")) == [None], "a browser's preflight has no key"
-    assert asyncio.run(knock(True, path="/base/health", root_path="/base")) == [None]
-    assert asyncio.run(knock(True, path="/base/v1/x", root_path="/base"))[0]["status"] == 401
-
-
-def test_websockets_need_a_key_too() -> None:
-    assert asyncio.run(knock(True, "websocket")) == [{"type": "websocket.close", "code": 1008}]
-    assert asyncio.run(knock(True, "websocket", key="k")) == ["no scope"]
-    assert asyncio.run(knock(False, "websocket")) == ["no scope"]
-
-
 # --- outcomes ---------------------------------------------------------------------------------------------------------
 
 COMMITTED = {"session": "s", "version": 3, "status": "committed", "error": ""}
@@ -292,6 +233,7 @@ def test_a_stream_passes_part_by_part_and_ends_with_the_outcome() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         ours = current.get()
         assert ours is not None
+        ours.admitted = True
         kind = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": kind})
         await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
@@ -344,6 +286,32 @@ def test_a_failure_after_the_first_byte_cannot_replace_it() -> None:
 
     response = exchange(app)
     assert (response.status, response.body) == (200, b"begun and ended")
+
+
+def test_a_stream_that_talks_before_it_asks_is_still_refused() -> None:
+    """The Responses API announces a response, then reaches the engine, and raises what that says."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        ours = current.get()
+        assert ours is not None
+        kind = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": kind})
+        for part in (b"event: response.created\n\n", b"event: response.in_progress\n\n"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        if refuse:
+            ours.failure = CapacityError("busy", status=409)
+            raise RuntimeError("Caught handled exception, but response already started.")
+        ours.admitted = True
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    refuse = True
+    response = exchange(app)
+    assert (response.status, response.error["type"]) == (409, "ConflictError")
+    refuse = False
+    response = exchange(app)
+    assert response.status == 200
+    assert response.parts[:3] == [b"event: response.created\n\n", b"event: response.in_progress\n\n", b"data: 1\n\n"]
 
 
 def test_an_application_that_raises_is_not_hidden() -> None:
