@@ -3,6 +3,7 @@
 Hooks are probed by signature, never by version number; a missing one is a clear ``ConfigError`` at start.
 """
 
+import asyncio
 import functools
 import importlib
 import re
@@ -182,3 +183,22 @@ def require_hooks() -> None:
             f"vLLM {version} lacks {', '.join(missing)}: deltamem_vllm needs vLLM 0.32; install that version, or a "
             "deltamem-vllm made for yours"
         )
+
+
+async def wake_engine(engine_client: Any) -> None:
+    """Make an idle engine look for work: it waits for messages, and any makes it ask the connector too.
+
+    vllm 0.32, `EngineCoreProc._process_input_queue`; until a connector can wake its engine.
+    """
+    await engine_client.is_sleeping()
+
+
+async def end_requests_with_their_engine(engine_client: Any, seconds: float = 0.5) -> None:
+    """Tell waiting requests once the engine is gone; runs until then.
+
+    vllm 0.32, `AsyncLLM.shutdown` cancels the task that hands out outputs without a word to the requests that wait for
+    some, which keeps the server from ending; until it tells them.
+    """
+    while not engine_client.errored:
+        await asyncio.sleep(seconds)
+    engine_client.output_processor.propagate_error(engine_client.dead_error)

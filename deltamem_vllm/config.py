@@ -5,20 +5,18 @@ default. Settings travel inside vLLM's own configuration, in the connector's ext
 the server (API, engine core, workers) sees the same values.
 """
 
-import atexit
 import logging
 import os
 import re
 import secrets
-import shutil
 import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
+from deltamem_vllm import folders
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.names import MIN_SECRET_BYTES
 from deltamem_vllm.store.url import default_url
@@ -43,6 +41,11 @@ class Settings(BaseModel):
         session_header: HTTP header that names the session.
         queue_depth: requests that may wait for one session before further ones get 409.
         queue_seconds: how long one may wait for its session before it gets 409.
+        durability: ``sync`` ends an answer after its commit is durable, ``write-behind`` before that.
+        write_behind_seconds: while a version has waited for the store for this long, answers wait as with ``sync``.
+        write_behind_versions: versions that may wait so, per engine; beyond it answers wait as with ``sync``.
+        host_bytes: host memory for sessions and their records, per engine; a number or ``256MiB``.
+        ttl: seconds since its last commit after which a session is deleted; 0: never.
         kernel: ``auto`` takes the compiled operator where it loads, ``torch`` forces the slow fallback.
         key_file: tenants and the digests of their keys (`deltamem_vllm.server.tenants`); empty: none.
         open: serve sessions without any key to whoever can reach the server.
@@ -60,11 +63,28 @@ class Settings(BaseModel):
     session_header: str = "X-Session-ID"
     queue_depth: int = Field(default=8, ge=0, le=10_000)
     queue_seconds: float = Field(default=30.0, gt=0, le=3600)
+    durability: Literal["sync", "write-behind"] = "sync"
+    write_behind_seconds: float = Field(default=1.0, gt=0, le=3600)
+    write_behind_versions: int = Field(default=1024, ge=1, le=1 << 20)
+    host_bytes: ByteSize = Field(default=ByteSize(256 << 20), ge=1 << 20)
+    ttl: float = Field(default=0.0, ge=0, le=1e10)
     kernel: Literal["auto", "native", "torch"] = "auto"
     key_file: str = ""
     open: bool = False
     secret_file: str = ""
     control: str = ""
+
+    @property
+    def write_behind(self) -> tuple[float, int] | None:
+        """(seconds, versions) that clients may be told ahead of the store; None: not at all."""
+        return (self.write_behind_seconds, self.write_behind_versions) if self.durability == "write-behind" else None
+
+    @field_validator("ttl")
+    @classmethod
+    def _ttl(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("a session must live for 1 second at least (0: no limit)")
+        return value
 
     @field_validator("session_header")
     @classmethod
@@ -80,13 +100,7 @@ class Settings(BaseModel):
             ConfigError: the secret file cannot be read, or is too short.
         """
         secret = _read_secret(self.secret_file) if self.secret_file else secrets.token_bytes(MIN_SECRET_BYTES)
-        folder, maker = tempfile.mkdtemp(prefix="deltamem-"), os.getpid()
-
-        def remove() -> None:
-            if os.getpid() == maker:  # not in a forked child that inherits this exit handler
-                shutil.rmtree(folder, ignore_errors=True)
-
-        atexit.register(remove)
+        folder = folders.make()
         # Settings travel in arguments, which vLLM logs, so the secret itself travels in a file.
         with os.fdopen(os.open(Path(folder) / _SECRET, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secret)

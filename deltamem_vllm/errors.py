@@ -7,6 +7,7 @@
     ├── CapacityError          retry: right request, wrong moment (HTTP 409 or 503 with Retry-After)
     └── StoreError             storage: the durable store did not do what was asked
         ├── StaleVersion       another writer moved the session on; nothing was written
+        │   └── LeaseLost      another server may write the session now; nothing was written
         ├── VersionNotKept     the version asked for is not among the kept ones (HTTP 404); nothing was written
         ├── QuotaExceeded      the tenant has no room left (HTTP 429); nothing was written
         ├── CorruptRecord      stored bytes failed verification; nothing was restored
@@ -58,6 +59,10 @@ class StoreError(DeltaMemError):
 
 class StaleVersion(StoreError):
     """Compare-and-set failed: another writer moved the session on, or it was deleted."""
+
+
+class LeaseLost(StaleVersion):
+    """Another server holds a live lease on the session: this writer's turn is over, whatever it compared with."""
 
 
 class VersionNotKept(StoreError):

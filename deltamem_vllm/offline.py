@@ -151,7 +151,9 @@ class SessionLLM:
 
     def delete(self, session: str) -> bool:
         """Erase a session; False if there was none."""
-        return bool(self._control.ask("delete", tenant=DEFAULT_TENANT, session=session)["existed"])
+        existed = bool(self._control.ask("delete", tenant=DEFAULT_TENANT, session=session)["existed"])
+        self.llm.llm_engine.is_sleeping()  # wakes an idle engine, so that its device forgets too
+        return existed
 
     def close(self) -> None:
         """Stop the engine."""

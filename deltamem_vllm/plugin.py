@@ -25,6 +25,10 @@ _GROUPS = (
     "vllm.endpoint_plugins",
 )
 
+SHUTDOWN_SECONDS = 15
+"""vLLM's --shutdown-timeout with write-behind. Its default of 0 kills the engine at SIGTERM, versions that wait for the
+store and all."""
+
 _FLAGS: dict[str, dict[str, Any]] = {
     "adapter": {"metavar": "DIR", "help": "Adapter folder: delta_mem_config.json and the weights. Required."},
     "store": {
@@ -44,6 +48,29 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "type": float,
         "metavar": "S",
         "help": "How long a request may wait for its session before it gets 409 (default 30).",
+    },
+    "durability": {
+        "choices": ["sync", "write-behind"],
+        "help": "When an answer ends: after its commit is durable, or before (default sync).",
+    },
+    "write-behind-seconds": {
+        "type": float,
+        "metavar": "S",
+        "help": "write-behind: how old a version may get before answers wait for the store again (default 1).",
+    },
+    "write-behind-versions": {
+        "type": int,
+        "metavar": "N",
+        "help": "write-behind: versions that may wait for the store, per engine (default 1024).",
+    },
+    "host-bytes": {
+        "metavar": "SIZE",
+        "help": "Host memory for sessions and their records, per engine: bytes, or as 256MiB (the default).",
+    },
+    "ttl": {
+        "type": float,
+        "metavar": "SECONDS",
+        "help": "Delete sessions that were not written for so long; 0: never (default 0).",
     },
     "key-file": {
         "metavar": "PATH",
@@ -140,7 +167,10 @@ def _finalize(parsed: Namespace) -> None:
         )
     settings = resolve(given)
     check_exposure(parsed, settings)
-    parsed.kv_transfer_config = transfer_config(settings.with_control(), getattr(parsed, "kv_transfer_config", None))
+    settings = settings.with_control()
+    if settings.write_behind is not None and getattr(parsed, "shutdown_timeout", None) == 0:
+        parsed.shutdown_timeout = SHUTDOWN_SECONDS
+    parsed.kv_transfer_config = transfer_config(settings, getattr(parsed, "kv_transfer_config", None))
 
 
 def check_exposure(parsed: Namespace, settings: Settings) -> None:

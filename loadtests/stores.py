@@ -1,4 +1,4 @@
-"""One store's speed: a commit alone, commits in groups, verified reads.
+"""One store's speed: a commit alone, commits in groups, verified reads, leases.
 
 python -m loadtests.stores URL [--commits 300] [--layers 36]
 
@@ -59,8 +59,16 @@ def measure(store: StateStore, commits: int, state: np.ndarray) -> dict[str, tup
         if found is None or not np.array_equal(found.end, state):
             raise SystemExit("a session came back different: nothing is reported")
 
+    def lease(turn: int) -> None:
+        key = SessionKey("loadtest", f"s{turn}")
+        if not leases.acquire(key).ours:
+            raise SystemExit("a lease was refused: nothing is reported")
+        leases.release([key])
+
     made = {"one commit": timed(commits, commit), f"{GROUP} in a group": timed(max(2, commits // 4), group)}
-    return made | {"verified read": timed(commits, read)}
+    made["verified read"] = timed(commits, read)
+    leases = getattr(store, "leases", None)
+    return made | ({"a lease, taken and given back": timed(commits, lease)} if leases is not None else {})
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from deltamem_vllm import redaction
-from deltamem_vllm.compat import api_keys
+from deltamem_vllm.compat import api_keys, end_requests_with_their_engine, wake_engine
 from deltamem_vllm.config import PLUGIN, Settings, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.names import Names
@@ -52,11 +52,14 @@ class DeltaMemEndpoints:
                 "out of VLLM_PLUGINS"
             )
         ranks = engine_client.vllm_config.parallel_config.data_parallel_size
-        clients = [ControlClient(settings.control_address(rank)) for rank in range(ranks)]
-        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, Names(settings.secret()))
+        addresses = [settings.control_address(rank) for rank in range(ranks)]
+        clients = [ControlClient(address, lambda: engine_client.errored) for address in addresses]
+        wake = partial(wake_engine, engine_client)
+        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, Names(settings.secret()), wake)
         engine_client.generate = gateway.wrap(engine_client.generate)
+        state.deltamem_watch = asyncio.ensure_future(end_requests_with_their_engine(engine_client))
         if isinstance(state.deltamem_tenants, FileKeys):
-            state.deltamem_watch = asyncio.create_task(state.deltamem_tenants.watch())  # kept, else it is collected
+            state.deltamem_keys = asyncio.ensure_future(state.deltamem_tenants.watch())  # kept, else it is collected
 
 
 def _tenants(settings: Settings | None, args: Namespace) -> Tenants:

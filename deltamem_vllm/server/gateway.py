@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import copy
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -36,12 +36,29 @@ class Gateway:
         clients: control clients of the engines, by data-parallel rank.
         queue_seconds: how long an admission may take.
         names: makes what the engine calls a session, and salts.
+        wake: makes idle engines carry out what waits for a step; None where nothing does.
     """
 
-    def __init__(self, clients: Sequence[ControlClient], queue_seconds: float, names: Names) -> None:
+    def __init__(
+        self,
+        clients: Sequence[ControlClient],
+        queue_seconds: float,
+        names: Names,
+        wake: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
         self.clients = clients
         self.queue_seconds = queue_seconds
         self.names = names
+        self._wake = wake
+
+    async def delete(self, key: SessionKey) -> bool:
+        """Erase a session; whether there was one. Its states on the device are zeroed by the engine's next step, which
+        is ordered here."""
+        answer = await self.client_of(key).ask("delete", tenant=key.tenant, session=key.session)
+        if self._wake is not None:
+            with contextlib.suppress(Exception):  # a dead engine has no memory to erase
+                await self._wake()
+        return bool(answer["existed"])
 
     def rank_of(self, key: SessionKey) -> int:
         """The engine that serves a session: always the same one, so that its memory has one owner."""

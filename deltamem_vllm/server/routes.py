@@ -26,7 +26,10 @@ class SessionInfo(BaseModel):
     window_tokens: int = Field(description="Tokens of the present window.")
     state_bytes: int = Field(description="Size of its memory.")
     adapter: str = Field(description="Fingerprint of the adapter that wrote it.")
-    durable: bool = Field(description="False while the store could not take the latest version.")
+    durable: bool = Field(description="False while the store does not have the latest version.")
+    lost: int = Field(
+        default=0, description="Versions told `pending` or `degraded` that the store refused, since the server started."
+    )
     busy: bool = Field(description="A request is writing to it right now.")
 
 
@@ -46,7 +49,8 @@ def make_router() -> APIRouter:
     async def get_session(session_id: str, request: Request) -> Any:
         """What is known of a session; 404 where there is none."""
         try:
-            found = await _ask(request, "info", session_id)
+            gateway, key = _named(request, session_id)
+            found = await gateway.client_of(key).ask("info", tenant=key.tenant, session=key.session)
             if found is None:
                 raise _not_found(session_id)
         except DeltaMemError as e:
@@ -57,8 +61,8 @@ def make_router() -> APIRouter:
     async def delete_session(session_id: str, request: Request) -> Any:
         """Erase a session. A request that is running finishes and commits nothing."""
         try:
-            answer = await _ask(request, "delete", session_id)
-            if not answer["existed"]:
+            gateway, key = _named(request, session_id)
+            if not await gateway.delete(key):
                 raise _not_found(session_id)
         except DeltaMemError as e:
             return _error(e)
@@ -67,11 +71,10 @@ def make_router() -> APIRouter:
     return router
 
 
-async def _ask(request: Request, do: str, session_id: str) -> Any:
-    """Ask the engine of a session of the request's tenant. Another tenant's is one that does not exist."""
+def _named(request: Request, session_id: str) -> tuple[Gateway, SessionKey]:
+    """The session of the request's tenant that a path names. Another tenant's is one that does not exist."""
     gateway: Gateway = request.app.state.deltamem
-    key = SessionKey(tenant_of_request().name, check_id(session_id, "session_id"))
-    return await gateway.client_of(key).ask(do, tenant=key.tenant, session=key.session)
+    return gateway, SessionKey(tenant_of_request().name, check_id(session_id, "session_id"))
 
 
 def _not_found(session_id: str) -> SessionError:

@@ -1,23 +1,32 @@
 """From a request's final state to a durable record, in order, and what happens while the store cannot take it.
 
-A commit that the store refuses for good (another writer was first, the session was deleted) is a conflict: nothing
-is kept. One that it cannot take now (disk full, unreachable) is kept in this process and tried again every second:
-the session goes on from it, the client is told ``degraded`` instead of ``committed``, and the versions reach the
-store in their order once it recovers. What is still unsaved when the process ends is lost, and said.
+Every new version joins its session's ``unsaved`` ones and goes to the store behind those before it. What differs is
+when the client is told:
+
+* after the store has it (``committed``): the default;
+* at once (``pending``): with write-behind, as long as what waits stays within `WriteBehind`'s bounds. A commit that
+  would exceed them waits for the store as above;
+* after the store could not take it, disk full or unreachable (``degraded``): it is tried again every second.
+
+A commit that the store refuses for good (another writer was first, the session was deleted) is a conflict: nothing is
+kept. If versions that clients were told of are refused so, they are lost: counted, logged, shown with the session, and
+the session goes on from what the store has. What is unsaved when the process ends is lost, and said.
 """
 
 import asyncio
 import logging
 import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from deltamem_vllm.errors import CapacityError, CorruptRecord, StaleVersion, StoreError, StoreUnavailable
+from deltamem_vllm.errors import CapacityError, CorruptRecord, LeaseLost, StaleVersion, StoreError, StoreUnavailable
 from deltamem_vllm.sessions import windows
-from deltamem_vllm.sessions.directory import Session
+from deltamem_vllm.sessions.directory import Session, Unsaved, size_of
 from deltamem_vllm.sessions.grants import Grant
-from deltamem_vllm.store.protocol import Record
+from deltamem_vllm.store.protocol import Record, SessionKey
 from deltamem_vllm.store.writer import CommitWriter
 
 logger = logging.getLogger("vllm.deltamem")
@@ -25,6 +34,24 @@ logger = logging.getLogger("vllm.deltamem")
 RETRY_SECONDS = 1.0
 MAX_UNSAVED = 64
 """Versions of one session that may wait for the store; then its requests get 503."""
+MAX_LOSSES = 10_000
+"""Sessions whose losses are remembered one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteBehind:
+    """What a kill may take of the versions that clients were told of before the store had them.
+
+    Attributes:
+        seconds: while a version has waited for this long, no commit is told ahead of the store.
+        versions: as many may wait, all sessions together.
+        growth: versions up to this number always wait for the store: they add to what is stored, so that a quota
+            may refuse them.
+    """
+
+    seconds: float = 1.0
+    versions: int = 1024
+    growth: int = 0
 
 
 class Commits:
@@ -34,38 +61,62 @@ class Commits:
         writer: the store's one writer.
         layout, adapter, model: what every record says it was made with.
         state_shape: [layers, H, r, r].
+        ahead: how far clients may be told ahead of the store; None: not at all.
+        unsaved_bytes: host memory that records the store does not take may fill.
+
+    Attributes:
+        lost: versions that clients were told of and that the store does not have, nor ever will.
     """
 
     def __init__(
-        self, writer: CommitWriter, *, layout: str, adapter: str, model: str, state_shape: tuple[int, ...]
+        self,
+        writer: CommitWriter,
+        *,
+        layout: str,
+        adapter: str,
+        model: str,
+        state_shape: tuple[int, ...],
+        ahead: WriteBehind | None = None,
+        unsaved_bytes: int = 256 << 20,
     ) -> None:
         self._writer = writer
         self.layout, self.adapter, self.model, self.state_shape = layout, adapter, model, state_shape
-        self._troubled: set[Session] = set()
+        self.ahead, self.room = ahead, unsaved_bytes
+        self.lost = 0
+        self.unsaved = 0
+        self._bytes = 0
+        self._told: deque[Unsaved] = deque()  # in the order of telling; those gone meanwhile included
+        self._waiting: OrderedDict[Session, None] = OrderedDict()  # sessions of the versions that count as unsaved
+        self._troubled: set[Session] = set()  # those among them that the store could not take
+        self._losses: OrderedDict[SessionKey, int] = OrderedDict()
+        self._bringing: set[asyncio.Task[bool]] = set()
 
-    @property
-    def unsaved(self) -> int:
-        """Versions that exist in this process only."""
-        return sum(len(session.unsaved) for session in self._troubled)
+    def lost_of(self, key: SessionKey) -> int:
+        """Versions of one session that were lost in this process's life."""
+        return self._losses.get(key, 0)
 
     def check_room(self, session: Session) -> None:
-        """Refuse a further turn of a session whose versions have waited for too long.
+        """Refuse a further turn while too much waits for the store.
 
         Raises:
             CapacityError: 503.
         """
         if len(session.unsaved) >= MAX_UNSAVED:
-            raise CapacityError(
-                f"{len(session.unsaved)} versions of session {session.key.session!r} wait for the store, which does "
-                "not take them: repair the store, then retry",
-                status=503,
-                retry_after=5.0,
-            )
+            waits = f"{len(session.unsaved)} versions of session {session.key.session!r} wait"
+        elif self._bytes >= self.room:
+            waits = f"{self.unsaved} versions ({self._bytes} bytes, all that --deltamem-host-bytes allows) wait"
+        else:
+            return
+        raise CapacityError(
+            f"{waits} for the store, which does not take them: repair the store, then retry",
+            status=503,
+            retry_after=5.0,
+        )
 
     async def commit(
         self, session: Session, grant: Grant, deletions: int, tokens_fed: list[int], state: np.ndarray
     ) -> dict[str, Any]:
-        """Make one request's memory durable.
+        """Make one request's memory durable, or tell its client ahead of that.
 
         Args:
             deletions: how often the session had been deleted when the request was granted.
@@ -76,28 +127,52 @@ class Commits:
             the outcome: status, version, error.
         """
         try:
+            if self._may_tell_ahead(session, grant, deletions):
+                entry = Unsaved(self._next(grant, session.record, tokens_fed, state), grant.expect)
+                session.unsaved.append(entry)
+                self._tell(session, entry)
+                self._bring_soon(session)
+                return {"status": "pending", "version": entry.record.version, "error": ""}
             async with session.storing:  # a deletion waits, so that what is on its way cannot arrive after it
                 if session.deletions != deletions:
                     raise StaleVersion(f"session {session.key.session!r} was deleted while the request ran")
-                record = self._next(grant, session.record, tokens_fed, state)
-                session.unsaved.append((record, grant.expect))
-                try:
-                    await self._save(session)
-                except StoreUnavailable as e:
-                    self._troubled.add(session)
-                    logger.error("the store does not take commits; %d version(s) wait: %s", self.unsaved, e)
-                    session.set_record(record)
-                    return {"status": "degraded", "version": record.version, "error": str(e)}
-                session.set_record(record)
-                return {"status": "committed", "version": record.version, "error": ""}
+                entry = Unsaved(self._next(grant, session.record, tokens_fed, state), grant.expect)
+                return await self._store_now(session, entry)
         except StaleVersion as e:
-            self._drop(session)
             return {"status": "conflict", "error": str(e)}
         except Exception as e:
-            self._drop(session)
             logger.exception("session memory was not saved")
             why = str(e) if isinstance(e, StoreError) else f"{type(e).__name__}: {e}"
             return {"status": "failed", "error": why}
+
+    async def _store_now(self, session: Session, entry: Unsaved) -> dict[str, Any]:
+        session.unsaved.append(entry)
+        try:
+            await self._save(session)
+        except StoreUnavailable as e:
+            self._tell(session, entry)
+            self._troubled.add(session)
+            logger.error("the store does not take commits; %d version(s) wait: %s", self.unsaved, e)
+            return {"status": "degraded", "version": entry.record.version, "error": str(e)}
+        except LeaseLost as e:
+            session.unsaved.pop()  # versions before it may still find their place, should the other server give up
+            if not session.unsaved:
+                self._refused(session, e)
+            raise
+        except Exception as e:
+            self._refused(session, e)
+            raise
+        session.set_record(entry.record)
+        return {"status": "committed", "version": entry.record.version, "error": ""}
+
+    def abandon(self, session: Session) -> bool:
+        """The session is deleted: its unsaved versions go with it. Whether there were any."""
+        there = bool(session.unsaved)
+        for entry in session.unsaved:
+            self._done(entry)
+        session.unsaved.clear()
+        self._settled(session)
+        return there
 
     async def keep_trying(self) -> None:
         """Bring waiting versions to the store, until cancelled."""
@@ -106,31 +181,119 @@ class Commits:
             await self.save_waiting()
 
     async def save_waiting(self) -> None:
-        """Try once to save every version that waits."""
-        for session in list(self._troubled):
-            async with session.storing:
-                waiting = len(session.unsaved)
-                try:
-                    await self._save(session)
-                except StoreUnavailable:
-                    continue
-                except Exception:
-                    logger.exception("%d version(s) of a session are lost: the store refused them", waiting)
-                    self._drop(session)
-                else:
-                    logger.warning("%d version(s) of a session reached the store late", waiting)
-                self._troubled.discard(session)
+        """Try once to save what waits: one session first, so that a store that is away costs one try and no queue."""
+        if not self._waiting:
+            return
+        first, *others = self._waiting
+        if await self._bring(first):
+            await asyncio.gather(*(self._bring(session) for session in others))
+        elif first in self._waiting:
+            self._waiting.move_to_end(
+                first
+            )  # should it be the only one that is refused, the next round helps the others
+
+    async def finish(self, seconds: float) -> None:
+        """The end: save what can be saved in ``seconds``, and say what is lost."""
+        deadline = time.monotonic() + seconds
+        for _ in range(len(self._waiting)):
+            left = deadline - time.monotonic()
+            if not self._waiting or left <= 0:
+                break
+            trying = asyncio.ensure_future(self.save_waiting())
+            await asyncio.wait({trying}, timeout=left)
+            trying.cancel()
+        if self.unsaved:
+            self.lost += self.unsaved
+            logger.error("%d version(s) never reached the store and are lost", self.unsaved)
+
+    # ------------------------------------------------------------------ inside
+
+    def _may_tell_ahead(self, session: Session, grant: Grant, deletions: int) -> bool:
+        """Whether this commit keeps within the bounds of write-behind, and nothing is known that will refuse it."""
+        if self.ahead is None or session in self._troubled or session.deletions != deletions:
+            return False
+        version = grant.expect.version + 1 if grant.expect is not None else 1
+        known = session.record.expect if session.record is not None else None
+        if not session.loaded or known != grant.expect or version <= self.ahead.growth:
+            return False
+        if len(session.unsaved) >= MAX_UNSAVED // 2 or self.unsaved >= self.ahead.versions or self._bytes >= self.room:
+            return False
+        while self._told and self._told[0].gone:
+            self._told.popleft()
+        oldest = self._told[0].told if self._told else None
+        return oldest is None or time.monotonic() - oldest < self.ahead.seconds
+
+    def _tell(self, session: Session, entry: Unsaved) -> None:
+        """The client hears of a version that the store does not have; the session goes on from it."""
+        entry.told = time.monotonic()
+        self._told.append(entry)
+        self._waiting[session] = None
+        self.unsaved += 1
+        self._bytes += size_of(entry.record)
+        session.set_record(entry.record)
+
+    def _done(self, entry: Unsaved) -> None:
+        """A version waits no more."""
+        entry.gone = True
+        if entry.told is not None:
+            self.unsaved -= 1
+            self._bytes -= size_of(entry.record)
+        while self._told and self._told[0].gone:
+            self._told.popleft()
+
+    def _settled(self, session: Session) -> None:
+        """Nothing of the session waits any more."""
+        self._waiting.pop(session, None)
+        self._troubled.discard(session)
+
+    def _bring_soon(self, session: Session) -> None:
+        """Start bringing a session's versions to the store, unless that is under way."""
+        if session.storing.locked():  # whoever saves them goes on to the last, this one included
+            return
+        task = asyncio.get_running_loop().create_task(self._bring(session))
+        self._bringing.add(task)
+        task.add_done_callback(self._bringing.discard)
+
+    async def _bring(self, session: Session) -> bool:
+        """Bring a session's versions to the store, if it takes them; False: it cannot now."""
+        async with session.storing:
+            late = session in self._troubled
+            waiting = len(session.unsaved)
+            try:
+                await self._save(session)
+            except (StoreUnavailable, LeaseLost) as e:
+                if not late:
+                    self._troubled.add(session)
+                    logger.error("the store does not take commits; %d version(s) wait: %s", self.unsaved, e)
+                return False
+            except Exception as e:
+                self._refused(session, e)
+                return True  # the store is there
+            if late and waiting:
+                logger.warning("%d version(s) of a session reached the store late", waiting)
+            return True
 
     async def _save(self, session: Session) -> None:
+        """One after the other: a version must not be tried while the one before it may still fail."""
         while session.unsaved:
-            record, expect = session.unsaved[0]
-            await asyncio.wrap_future(self._writer.submit(record, expect))
+            entry = session.unsaved[0]
+            await asyncio.wrap_future(self._writer.submit(entry.record, entry.expect))
             session.unsaved.popleft()
+            self._done(entry)
+        self._settled(session)
 
-    def _drop(self, session: Session) -> None:
-        session.unsaved.clear()
+    def _refused(self, session: Session, why: BaseException) -> None:
+        """The store will never take what waits. What clients were told of is lost; go on from what the store has."""
+        told = sum(entry.told is not None for entry in session.unsaved)
+        self.abandon(session)
         session.forget()
-        self._troubled.discard(session)
+        if not told:
+            return
+        self.lost += told
+        self._losses[session.key] = self._losses.pop(session.key, 0) + told
+        if len(self._losses) > MAX_LOSSES:
+            self._losses.popitem(last=False)
+        logger.error("%d version(s) of a session are lost: the store refused them: %s", told, why)
 
     def _next(self, grant: Grant, last: Record | None, tokens_fed: list[int], state: np.ndarray) -> Record:
         if not np.isfinite(state).all():

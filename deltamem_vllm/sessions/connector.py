@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from deltamem_vllm.adapter.weights import load_adapter
 from deltamem_vllm.config import settings_of
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.folders import hold
 from deltamem_vllm.memory.pages import SUFFIX
 from deltamem_vllm.memory.preflight import backbone_shape, model_fingerprint
 from deltamem_vllm.redaction import install
@@ -79,7 +80,11 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             queue_depth=settings.queue_depth,
             queue_seconds=settings.queue_seconds,
             secret=settings.secret(),
+            host_bytes=settings.host_bytes,
+            write_behind=settings.write_behind,
+            ttl=settings.ttl,
         )
+        hold(settings.control)
         address = settings.control_address(vllm_config.parallel_config.data_parallel_index)
         self._service.start(lambda service: serve(service, address))
         self._scheduler = SchedulerSide(

@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from deltamem_vllm.sessions.service import SessionService
 
 logger = logging.getLogger("vllm.deltamem")
+
+LOOK_SECONDS = 0.5
+"""How often a question that waits looks whether its engine is still there."""
 
 _pack, _unpack = msgspec.msgpack.encode, msgspec.msgpack.decode
 
@@ -127,10 +131,12 @@ class ControlClient:
 
     Args:
         address: ZeroMQ address of the engine's control socket.
+        gone: whether the engine has ended, so that nobody will answer.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, gone: Callable[[], bool] = lambda: False) -> None:
         self.address = address
+        self._gone = gone
         self._numbers = itertools.count(1)
         self._waiting: dict[bytes, asyncio.Future[bytes]] = {}
         self._context = zmq.asyncio.Context()
@@ -152,8 +158,13 @@ class ControlClient:
         self._waiting[number] = answer
         try:
             await self._socket.send_multipart([number, _pack({"do": do, **question})])
+            end = time.monotonic() + timeout
             # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the answer.
-            if not (await asyncio.wait({answer}, timeout=timeout))[0]:
+            while not answer.done() and (left := end - time.monotonic()) > 0:
+                if self._gone():
+                    raise CapacityError("the engine has ended: retry when the server runs again", status=503)
+                await asyncio.wait({answer}, timeout=min(left, LOOK_SECONDS))
+            if not answer.done():
                 raise CapacityError(f"the session service did not answer {do!r} within {timeout:g} s", status=503)
             return raise_error(_unpack(answer.result()))
         finally:

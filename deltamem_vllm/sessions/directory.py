@@ -3,37 +3,60 @@
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 from deltamem_vllm.errors import CapacityError
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey, new_incarnation
 
-MAX_SESSIONS = 100_000
-"""Sessions known at once, record or not."""
+SESSION_BYTES = 4 << 10
+"""What a session counts for beside its record's content: its locks, queues, names and places in tables."""
+PATIENCE = 32
+"""Sessions in use that one look for room passes over before it leaves the rest to the next."""
+
+
+@dataclass(eq=False, slots=True)
+class Unsaved:
+    """A version on its way to the store.
+
+    Attributes:
+        expect: what it expects there.
+        told: when its client was told of it, on the monotonic clock; None while the client waits for the store.
+        gone: whether it has reached the store, or never will.
+    """
+
+    record: Record
+    expect: Expect | None
+    told: float | None = None
+    gone: bool = False
 
 
 class Session:
     """One session as this engine sees it.
 
     Attributes:
-        record: the latest durable record; None if it has none.
+        record: the latest record, the last of ``unsaved`` if there are any; None if it has none.
         loaded: whether ``record`` is known (else it must be read from the store).
         incarnation: the record's, or a fresh random one for a session without a record.
         deletions: how often it was deleted here; a commit granted before a deletion is refused.
         loading: held while the record is read from the store.
-        unsaved: versions that the store could not take yet, oldest first, with what they expect there.
-        storing: held while a commit or a deletion is on its way to the store.
+        unsaved: versions that the store does not have yet, oldest first.
+        storing: held while versions or a deletion are on their way to the store.
+
+    Args:
+        resized: called with the bytes by which its record has grown or shrunk.
     """
 
-    def __init__(self, key: SessionKey) -> None:
+    def __init__(self, key: SessionKey, resized: Callable[[int], None] | None = None) -> None:
         self.key = key
+        self.resized = resized
         self.record: Record | None = None
         self.loaded = False
         self.incarnation = new_incarnation()
         self.deletions = 0
         self.loading = asyncio.Lock()
         self.storing = asyncio.Lock()
-        self.unsaved: deque[tuple[Record, Expect | None]] = deque()
+        self.unsaved: deque[Unsaved] = deque()
         self._owner: str | None = None
         self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
 
@@ -49,8 +72,8 @@ class Session:
 
     @property
     def record_bytes(self) -> int:
-        """Host memory that the record's states take."""
-        return 0 if self.record is None else self.record.base.nbytes + self.record.end.nbytes
+        """Host memory that the record takes."""
+        return 0 if self.record is None else size_of(self.record)
 
     async def acquire(self, ticket: str, depth: int, seconds: float) -> None:
         """Become the owner, first come, first served.
@@ -102,59 +125,92 @@ class Session:
             turn.set_result(None)
 
     def set_record(self, record: Record | None) -> None:
-        """The session's durable truth as just read or written."""
-        self.record, self.loaded = record, True
+        """The session's latest record, as just read or made."""
+        self._keep(record, True)
         if record is not None:
             self.incarnation = record.incarnation
 
     def forget(self) -> None:
         """The record is no longer known to be the latest: read it again before the next use."""
-        self.record, self.loaded = None, False
+        self._keep(None, False)
         self.incarnation = new_incarnation()  # the record's takes its place when there still is one
 
     def erase(self) -> None:
         """The session was deleted: no record, another incarnation."""
-        self.record, self.loaded = None, True
-        self.unsaved.clear()
+        self._keep(None, True)
         self.incarnation = new_incarnation()
         self.deletions += 1
+
+    def _keep(self, record: Record | None, loaded: bool) -> None:
+        before = self.record_bytes
+        self.record, self.loaded = record, loaded
+        if self.resized is not None:
+            self.resized(self.record_bytes - before)
+
+
+def size_of(record: Record) -> int:
+    """Host memory that a record's content takes, in bytes."""
+    return record.base.nbytes + record.end.nbytes + len(record.window) + len(record.attributes)
 
 
 class Directory:
     """Sessions by key, least recently used first.
 
     Args:
-        budget: bytes of records kept in host memory; idle sessions beyond it are dropped (the store has them).
+        budget: bytes of host memory for sessions and their records; idle sessions beyond it are dropped (the store
+            has them).
+
+    Attributes:
+        used: bytes taken now.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._uses = 0
+        self.used = 0
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def find(self, key: SessionKey) -> Session | None:
+        """The session if it is known here; counts as no use."""
+        return self._sessions.get(key)
+
+    def drop(self, session: Session) -> None:
+        """Forget a session that is idle; one in use stays."""
+        if session.idle and self._sessions.get(session.key) is session:
+            del self._sessions[session.key]
+            session.resized = None
+            self.used -= SESSION_BYTES + session.record_bytes
+
     def get(self, key: SessionKey) -> Session:
-        """The session, made known if it was not; becomes the most recently used."""
+        """The session, made known if it was not; becomes the most recently used. Makes room for it."""
         session = self._sessions.get(key)
         if session is None:
-            session = self._sessions[key] = Session(key)
+            session = self._sessions[key] = Session(key, self._resized)
+            self.used += SESSION_BYTES
         self._sessions.move_to_end(key)
+        self._make_room(session)
         return session
 
-    def trim(self) -> None:
-        """Now and then, drop idle sessions, oldest first, until the records fit the budget."""
-        self._uses += 1
-        if self._uses % 256:
-            return
-        used = sum(s.record_bytes for s in self._sessions.values())
-        for key, session in list(self._sessions.items()):
-            if used <= self.budget and len(self._sessions) <= MAX_SESSIONS:
-                break
-            if session.idle:
-                used -= session.record_bytes
-                del self._sessions[key]
+    def _resized(self, by: int) -> None:
+        self.used += by
+        if by >= 0:  # 0: it waits for nothing any more, so that it can be dropped
+            self._make_room()
+
+    def _make_room(self, asked_for: Session | None = None) -> None:
+        """Drop idle sessions, oldest first, until the rest fits the budget. Each look costs O(1) on average.
+
+        The one that was just asked for stays: were it dropped, the next to ask would get another one, and both own it.
+        """
+        passed = 0
+        while self.used > self.budget and len(self._sessions) > 1 and passed < PATIENCE:
+            key, session = next(iter(self._sessions.items()))
+            if session is asked_for or not session.idle:  # in use, hence as good as just used
+                passed += 1
+                self._sessions.move_to_end(key)
+                continue
+            self.drop(session)
 
     @contextlib.asynccontextmanager
     async def owned(self, session: Session, ticket: str, depth: int, seconds: float) -> AsyncIterator[None]:

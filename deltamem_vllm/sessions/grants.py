@@ -16,7 +16,7 @@ EXTRA = "deltamem"
 ZERO = "zero"
 """Digest of the empty memory."""
 
-OutcomeStatus = Literal["committed", "unchanged", "aborted", "conflict", "degraded", "failed", "unknown"]
+OutcomeStatus = Literal["committed", "pending", "unchanged", "aborted", "conflict", "degraded", "failed", "unknown"]
 
 
 @dataclass(frozen=True)

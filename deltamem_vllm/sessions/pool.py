@@ -1,10 +1,28 @@
-"""The session pool: states in device memory, and the copies between them and pages."""
+"""The session pool: states in device memory, and the copies between them and pages.
+
+All orders of one step go together. Per step and kind of order that costs a handful of tensor operations and one small
+one per layer (each layer's pages are a tensor of their own), however many requests there are; per request only a few
+lines of Python. Takes also wait for one copy to the host.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from deltamem_vllm.memory.pages import StatePages
 from deltamem_vllm.ops.paged import PagedOps
+from deltamem_vllm.sessions.slots import Place
+from deltamem_vllm.sessions.steps import Commit, Seed
+
+_O = TypeVar("_O")
+_R = TypeVar("_R")
+
+
+class StaleOrder(RuntimeError):
+    """An order names a slot whose content has changed since, or is not there yet: following it could show one session
+    another's memory."""
 
 
 class SessionPool:
@@ -18,6 +36,7 @@ class SessionPool:
 
     Attributes:
         states: [slots, local layers, H, r, r] fp32 on the device.
+        generations: per slot, of the order that last changed it.
     """
 
     def __init__(self, layers: list[StatePages], positions: list[int], slots: int, kernels: PagedOps) -> None:
@@ -28,43 +47,144 @@ class SessionPool:
         self.device = pages.device
         side = (self.shape.heads, self.shape.rank, self.shape.rank)
         self.states = torch.zeros((slots, len(layers), *side), dtype=torch.float32, device=self.device)
+        self.generations = [0] * slots
 
     def kernel_block(self, manager_block: int) -> int:
-        """First kernel block of a block manager's block."""
-        return manager_block * self.layers[0].blocks_per_manager_block
+        """First kernel block of a block manager's block.
 
-    def fill(self, slot: int, payload: bytes) -> None:
-        """Put a session's state, bytes of [all layers, H, r, r] fp32, into a slot."""
-        whole = torch.from_numpy(np.frombuffer(payload, dtype=np.float32).copy())
-        whole = whole.view(-1, *self.states.shape[2:])
-        self.states[slot].copy_(whole[self.positions])
+        Raises:
+            ValueError: there is no such block.
+        """
+        block = manager_block * self.layers[0].blocks_per_manager_block
+        if not 0 <= block < len(self.layers[0].masks.limits):
+            raise ValueError(f"block {manager_block} is none of the {len(self.layers[0].masks.limits)} pages")
+        return block
 
-    def seed(self, block: int, slot: int | None) -> None:
-        """Make a slot's state (None: the empty memory) the base of a block, in every layer."""
-        block = self.kernel_block(block)
-        for i, layer in enumerate(self.layers):
-            base = layer.base_of(block)
-            if slot is None:
-                base.zero_()
-            else:
-                base.copy_(self.states[slot, i])
+    def take(self, commits: Sequence[Commit]) -> list[bytes | Exception]:
+        """The states that commits ask for: into their slots, and as bytes of [local layers, H, r, r].
+
+        Never raises: an order that cannot be followed gets its exception in place of bytes, and its slot is not read
+        by anybody.
+        """
+        return _together(self._take, commits)
+
+    def zero(self, places: Sequence[Place]) -> None:
+        """Leave nothing of the states behind. A slot that has been given out anew since is left alone."""
+        old = [place for place in places if place.generation > self.generations[place.slot]]
+        if old:
+            self.states[[place.slot for place in old]] = 0.0
+        for place in old:
+            self.generations[place.slot] = max(place.generation, self.generations[place.slot])
+
+    def seed(self, seeds: Sequence[Seed]) -> list[Exception | None]:
+        """Give requests what lies before their first token: write limits, and bases where they are to be written.
+
+        Never raises: see `take`. A request whose order was refused keeps its page as it was, so the caller must switch
+        its memory off.
+        """
+        return _together(self._seed, seeds)
 
     def set_limit(self, block: int, limit: int) -> None:
         """From which position on the request that starts at a block only reads."""
         self.layers[0].masks.limits[self.kernel_block(block)] = limit
 
-    def take(self, block: int, count: int, slot: int) -> bytes:
-        """The state after ``count`` tokens of a block: into a slot, and as bytes of [local layers, H, r, r]."""
+    def _take(self, commits: Sequence[Commit]) -> list[bytes]:
         tokens = self.layers[0].tokens
-        kernel_block = self.kernel_block(block) + (count - 1) // tokens
-        ids = torch.tensor([kernel_block], dtype=torch.int32, device=self.device)
-        counts = torch.tensor([(count - 1) % tokens + 1], dtype=torch.int32, device=self.device)
-        out = self.states[slot]
+        blocks, counts = [], []
+        newest: dict[int, tuple[int, int]] = {}  # slot → row, generation: orders of one slot follow each other
+        for row, commit in enumerate(commits):
+            self._check_new(commit.place, newest)
+            newest[commit.place.slot] = row, commit.place.generation
+            blocks.append(self.kernel_block(commit.block) + (commit.count - 1) // tokens)
+            counts.append((commit.count - 1) % tokens + 1)
+        ids = torch.tensor(blocks, dtype=torch.int32, device=self.device)
+        fed = torch.tensor(counts, dtype=torch.int32, device=self.device)
+        out = self.states.new_empty((len(self.layers), len(commits), *self.states.shape[2:]))
         for i, layer in enumerate(self.layers):
             assert layer.pages is not None
-            self.kernels.page_state(self.shape, layer.pages, ids, counts, tokens, out[i : i + 1])
-        return out.cpu().numpy().tobytes()
+            self.kernels.page_state(self.shape, layer.pages, ids, fed, tokens, out[i])
+        taken = out.transpose(0, 1).contiguous()
+        host = taken.cpu().numpy()
+        self._put(newest, taken)
+        return [state.tobytes() for state in host]
 
-    def zero(self, slot: int) -> None:
-        """Leave nothing of a state behind."""
-        self.states[slot].zero_()
+    def _seed(self, seeds: Sequence[Seed]) -> list[None]:
+        fills: list[torch.Tensor] = []
+        newest: dict[int, tuple[int, int]] = {}
+        blocks, limits = [], []
+        based: list[int] = []  # blocks whose base is written
+        from_slot: list[tuple[int, int]] = []  # (row of based, slot)
+        from_fill: list[tuple[int, int]] = []  # (row of based, row of fills)
+        for seed in seeds:
+            blocks.append(self.kernel_block(seed.block))
+            limits.append(seed.limit)
+            if seed.place is not None and seed.fill is not None:
+                self._check_new(seed.place, newest)
+                newest[seed.place.slot] = len(fills), seed.place.generation
+                fills.append(self._local(seed.fill))
+            if not seed.write_base:
+                continue
+            if seed.place is not None:
+                if seed.place.slot in newest:
+                    self._check_same(seed.place, newest[seed.place.slot][1])
+                    from_fill.append((len(based), newest[seed.place.slot][0]))
+                else:
+                    self._check_same(seed.place, self._generation(seed.place))
+                    from_slot.append((len(based), seed.place.slot))
+            based.append(blocks[-1])
+        filled = torch.stack(fills).to(self.device) if fills else self.states[:0]
+        bases = self.states.new_zeros((len(based), *self.states.shape[1:]))
+        if from_slot:  # before a later order of this step fills such a slot anew
+            rows, slots = zip(*from_slot, strict=True)
+            bases[list(rows)] = self.states[list(slots)]
+        if from_fill:
+            rows, sources = zip(*from_fill, strict=True)
+            bases[list(rows)] = filled[list(sources)]
+        self._put(newest, filled)
+        if based:
+            for i, layer in enumerate(self.layers):
+                assert layer.pages is not None
+                layer.pages[based, : self.shape.state_floats] = bases[:, i].flatten(1)
+        if blocks:
+            table = self.layers[0].masks.limits
+            table[blocks] = torch.tensor(limits, dtype=table.dtype, device=table.device)
+        return [None] * len(seeds)
+
+    def _local(self, payload: bytes) -> torch.Tensor:
+        """This worker's layers of a whole session state, bytes of [all layers, H, r, r] fp32."""
+        whole = torch.from_numpy(np.frombuffer(payload, dtype=np.float32).copy())
+        return whole.view(-1, *self.states.shape[2:])[self.positions]
+
+    def _put(self, newest: dict[int, tuple[int, int]], states: torch.Tensor) -> None:
+        """Write rows of ``states`` to slots; only then do the slots count as changed."""
+        if newest:
+            self.states[list(newest)] = states[[row for row, _ in newest.values()]]
+        for slot, (_, generation) in newest.items():
+            self.generations[slot] = generation
+
+    def _generation(self, place: Place) -> int:
+        if not 0 <= place.slot < len(self.generations):
+            raise ValueError(f"slot {place.slot} is none of the pool's {len(self.generations)}")
+        return self.generations[place.slot]
+
+    def _check_new(self, place: Place, newest: dict[int, tuple[int, int]]) -> None:
+        have = newest[place.slot][1] if place.slot in newest else self._generation(place)
+        if place.generation <= have:
+            raise StaleOrder(f"slot {place.slot} is of generation {have}, the order to write it of {place.generation}")
+
+    @staticmethod
+    def _check_same(place: Place, have: int) -> None:
+        if place.generation != have:
+            raise StaleOrder(f"slot {place.slot} is of generation {have}, the order to read it of {place.generation}")
+
+
+def _together(follow: Callable[[Sequence[_O]], list[_R]], orders: Sequence[_O]) -> list[_R | Exception]:
+    """Follow orders in one go; where their checks, which come before any change, refuse that, each alone."""
+    if not orders:
+        return []
+    try:
+        return [*follow(orders)]
+    except Exception as e:
+        if len(orders) == 1:
+            return [e]
+    return [result for order in orders for result in _together(follow, [order])]

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from deltamem_vllm.errors import SessionError, StoreUnavailable
 from deltamem_vllm.sessions.directory import Session
-from deltamem_vllm.store.protocol import Expect, Record, StateStore
+from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore
 
 logger = logging.getLogger("vllm.deltamem")
 _T = TypeVar("_T")
@@ -19,11 +19,14 @@ class Records:
 
     Args:
         store: where records persist.
+        deleted: told of sessions that another server on the store has deleted.
         layout, adapter, model: what a record must have been made with.
     """
 
-    def __init__(self, store: StateStore, *, layout: str, adapter: str, model: str) -> None:
-        self.store = store
+    def __init__(
+        self, store: StateStore, deleted: Callable[[SessionKey], None], *, layout: str, adapter: str, model: str
+    ) -> None:
+        self.store, self._deleted = store, deleted
         self.layout, self.adapter, self.model = layout, adapter, model
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-load")
 
@@ -47,6 +50,8 @@ class Records:
                 await self._notice_other_writers(session)
             if not session.loaded:
                 record = await self.on_loader(self.store.get, session.key)
+                if session.loaded:  # a commit has come meanwhile, and knows better
+                    return session.record
                 if record is not None:
                     self._verify(record)
                 session.set_record(record)
@@ -54,14 +59,19 @@ class Records:
 
     async def _notice_other_writers(self, session: Session) -> None:
         """Another server on the same store may have moved the session on since this one last saw it."""
+        seen = session.record
         try:
             kept = await self.on_loader(self.store.history, session.key, 1)
         except StoreUnavailable as e:
             logger.warning("the store cannot be asked for newer versions; going on from the one known here: %s", e)
             return
-        here = session.record.expect if session.record is not None else None
+        if session.record is not seen or session.unsaved:
+            return  # it has moved on here meanwhile: what the store said is older
+        here = seen.expect if seen is not None else None
         if (Expect(kept[0].version, kept[0].incarnation) if kept else None) != here:
             session.forget()
+            if not kept:
+                self._deleted(session.key)
 
     def _verify(self, record: Record) -> None:
         """Refuse a memory made with another adapter, model or shape; zeroing it silently would lose it."""

@@ -66,6 +66,8 @@ class SchedulerSide:
         self._step = Step()
         self._held: dict[str, Held] = {}
         self._taking: dict[str, Parts] = {}
+        self.stale_orders = 0
+        """Orders that a worker refused because they named a slot of another generation: 0, or a bug was contained."""
 
     # ------------------------------------------------------------------ a request comes
 
@@ -96,9 +98,8 @@ class SchedulerSide:
         """
         if self._held:
             self._hear_verdicts()
-        while self._service.erased_states:
-            if (slot := self._slots.drop(self._service.erased_states.pop())) is not None:
-                self._step.zero.append(slot)
+        while self._service.erased:
+            self._step.zero += self._slots.release(self._service.erased.popleft())
         for new in output.scheduled_new_reqs:  # V2's model runner lists resumed requests here too
             self._seed(new.req_id, new.block_ids[self.group], new.num_computed_tokens)
         cached = output.scheduled_cached_reqs
@@ -111,23 +112,41 @@ class SchedulerSide:
     def _seed(self, request: str, blocks: list[int], computed: int) -> None:
         if not blocks:
             return
+        try:
+            self._step.seeds.append(self._plan_seed(request, blocks, computed))
+        except Exception as e:  # without an order it would run on whatever its first block held before
+            logger.exception("a request could not be given its memory")
+            self._step.seeds.append(Seed(request, blocks[0], WRITE_OFF, write_base=False))
+            self._unseeded(request, f"{type(e).__name__}: {e}")
+
+    def _plan_seed(self, request: str, blocks: list[int], computed: int) -> Seed:
         grant = self._grants.get(request)
         seed = Seed(request, blocks[0], WRITE_ALL, write_base=computed == 0)
         if grant is not None:
             seed.limit = grant.write_limit
             if computed == 0 and grant.base is not None:
-                seed.slot = self._slots.find(grant.base_digest)
-                if seed.slot is None:
-                    seed.slot, seed.fill = self._slots.take(grant.base_digest), grant.base.tobytes()
+                # A deleted session's running request may need its state once more, but only as long as it runs.
+                owner = request if self._service.was_deleted(grant.ticket) else grant.key
+                seed.place = self._slots.find(grant.base_digest, owner)
+                if seed.place is None:
+                    seed.place, seed.fill = self._slots.take(grant.base_digest, owner), grant.base.tobytes()
         elif request in self._off:
             seed.limit, seed.write_base = WRITE_OFF, False
-        self._step.seeds.append(seed)
+        return seed
+
+    def _unseeded(self, request: str, why: str) -> None:
+        """A request runs without its memory: it commits nothing, and no other may take its blocks for good."""
+        self._service.distrust_cached_blocks()
+        if (grant := self._grants.pop(request, None)) is not None:
+            self._free(grant.base_digest)
+            self._service.end(grant.ticket, "failed", why)
 
     # ------------------------------------------------------------------ a request ends
 
     def finish(self, request: Request, blocks: list[int]) -> bool:
         """A request ended. True if its blocks must be kept until its state has been taken."""
         self._off.discard(request.request_id)
+        self._step.zero += self._slots.release(request.request_id)
         grant = self._grants.pop(request.request_id, None)
         if grant is None:
             return False
@@ -149,9 +168,12 @@ class SchedulerSide:
             why = f"{fed} tokens fed, of a prompt of {held.grant.prompt_tokens}"
             self._service.end(held.grant.ticket, "failed", why)
             return False
+        if self._service.was_deleted(held.grant.ticket):  # no slot shall hold its state again
+            self._service.end(held.grant.ticket, "conflict", "the session was deleted while the request ran")
+            return False
         block = held.blocks[(fed - 1) // self._block_size]
         count = (fed - 1) % self._block_size + 1
-        self._step.commits.append(Commit(request, block, count, self._slots.take(request)))
+        self._step.commits.append(Commit(request, block, count, self._slots.take(request, held.grant.key)))
         layers = set(range(self._state_shape[0]))
         self._taking[request] = Parts(held.tokens[:fed], held.grant, np.empty(self._state_shape, np.float32), layers)
         return True
@@ -170,16 +192,14 @@ class SchedulerSide:
 
     def receive(self, answer: Answer) -> None:
         """States that workers took, and what went wrong."""
+        self.stale_orders += len(answer.stale)
         for request, message in answer.errors.items():
             parts = self._taking.pop(request, None)
             if parts is not None:
-                self._slots.drop(request)
+                self._free(request)
                 self._service.end(parts.grant.ticket, "failed", message)
                 continue
-            self._service.distrust_cached_blocks()  # it could not be given its memory, and runs without
-            if (grant := self._grants.pop(request, None)) is not None:
-                self._slots.drop(grant.base_digest)
-                self._service.end(grant.ticket, "failed", message)
+            self._unseeded(request, message)
         for request, pieces in answer.states.items():
             parts = self._taking.get(request)
             if parts is None:
@@ -192,12 +212,17 @@ class SchedulerSide:
                 del self._taking[request]
                 digest = state_digest(parts.state if parts.state.any() else None)
                 if digest == ZERO:
-                    self._slots.drop(request)
-                else:
-                    self._slots.rename(request, digest)
+                    self._free(request)
+                elif (doubled := self._slots.rename(request, digest)) is not None:
+                    self._step.zero.append(doubled)
                 self._service.commit(parts.grant.ticket, parts.fed, parts.state)
+
+    def _free(self, name: str) -> None:
+        if (place := self._slots.drop(name)) is not None:
+            self._step.zero.append(place)
 
     @property
     def busy(self) -> bool:
         """Orders wait for a step that may not come by itself."""
-        return bool(self._step.commits or self._step.release or self._held)
+        step = self._step
+        return bool(step.commits or step.zero or step.release or self._held or self._service.erased)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,12 @@ import numpy as np
 from deltamem_vllm.errors import SessionError
 from deltamem_vllm.names import Names
 from deltamem_vllm.sessions import windows
-from deltamem_vllm.sessions.commits import Commits
+from deltamem_vllm.sessions.commits import Commits, WriteBehind
 from deltamem_vllm.sessions.directory import Directory, Session
+from deltamem_vllm.sessions.expiry import Expiry
 from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
+from deltamem_vllm.sessions.leases import EngineLeases
+from deltamem_vllm.sessions.quotas import Quotas
 from deltamem_vllm.sessions.rates import Rates
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.sessions.tickets import Ticket, Tickets
@@ -34,8 +38,8 @@ logger = logging.getLogger("vllm.deltamem")
 
 VERDICT_SECONDS = 10.0
 """How long the blocks of an aborted request wait to hear whether a stop string ended it."""
-RECORD_BUDGET = 256 << 20
-"""Bytes of records kept in host memory."""
+FINISH_SECONDS = 4.0
+"""How long closing may try to save what waits for the store."""
 
 
 class SessionService:
@@ -47,8 +51,9 @@ class SessionService:
         adapter: adapter fingerprint.
         model: backbone fingerprint.
         state_shape: [layers, H, r, r].
-        queue_depth, queue_seconds: see `deltamem_vllm.config.Settings`.
+        queue_depth, queue_seconds, host_bytes, ttl: see `deltamem_vllm.config.Settings`.
         secret: the server's, at least 32 bytes.
+        write_behind: (seconds, versions) that clients may be told ahead of the store; None: not at all.
     """
 
     def __init__(
@@ -62,17 +67,31 @@ class SessionService:
         queue_depth: int,
         queue_seconds: float,
         secret: bytes,
+        host_bytes: int = 256 << 20,
+        write_behind: tuple[float, int] | None = None,
+        ttl: float = 0.0,
     ) -> None:
         self.adapter, self.state_shape = adapter, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
         self.store: StateStore = open_store(store_url)
-        self.records = Records(self.store, layout=layout, adapter=adapter, model=model)
+        self.records = Records(self.store, self._erase_from_pool, layout=layout, adapter=adapter, model=model)
         self.writer = CommitWriter(self.store)
-        self.commits = Commits(self.writer, layout=layout, adapter=adapter, model=model, state_shape=state_shape)
-        self.directory = Directory(RECORD_BUDGET)
-        self.erased_states: list[str] = []
+        self.quotas = Quotas(self.records, state_shape)
         self.rates = Rates()
         self._names = Names(secret)
+        self.leases = EngineLeases(getattr(self.store, "leases", None))
+        self.commits = Commits(
+            self.writer,
+            layout=layout,
+            adapter=adapter,
+            model=model,
+            state_shape=state_shape,
+            ahead=WriteBehind(*write_behind, growth=self.quotas.growth) if write_behind is not None else None,
+            unsaved_bytes=host_bytes,
+        )
+        self.directory = Directory(host_bytes)
+        self.erased: deque[SessionKey] = deque()  # sessions whose states the pool must forget
+        self.expiry = Expiry(ttl, self.directory, self.records, self._erase_from_pool) if ttl else None
         self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
@@ -120,17 +139,19 @@ class SessionService:
         if server.done():  # its socket could not be bound: `start` must not say that all is well
             server.result()
         self._started.set()
-        trying = asyncio.ensure_future(self.commits.keep_trying())
+        background = [asyncio.ensure_future(each) for each in (self.commits.keep_trying(), self.leases.keep())]
+        if self.expiry is not None:
+            background.append(asyncio.ensure_future(self.expiry.run()))
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({server, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if server.done():
             server.result()
-        while self._tasks:  # commits under way
+        if self._tasks:  # commits under way; within what `close` waits for, so that what is lost gets said
             await asyncio.wait(self._tasks, timeout=5.0)
-        trying.cancel()
-        await self.commits.save_waiting()
-        if self.commits.unsaved:
-            logger.error("%d version(s) never reached the store and are lost", self.commits.unsaved)
+        for task in background:
+            task.cancel()
+        await self.commits.finish(FINISH_SECONDS)
+        await self.leases.close()
         server.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await server
@@ -157,7 +178,8 @@ class SessionService:
         clients_salt: str | None,
         held: bool,
     ) -> dict[str, Any]:
-        """Give a prompt its place in a session: waits for its turn, reads the record, plans the window.
+        """Give a prompt its place in a session: waits for its turn, here and among servers, reads the record, plans
+        the window.
 
         Args:
             ticket: a fresh random name; whoever asks can withdraw by it, even while waiting.
@@ -169,13 +191,16 @@ class SessionService:
             CapacityError: the session is busy (409). CorruptRecord, StoreUnavailable: its memory cannot be read.
         """
         session = self.directory.get(key)
-        self.directory.trim()
-        if ticket in self._admitting or self.tickets.get(ticket) is not None:
+        if ticket in self._admitting or ticket in self.tickets:
             raise SessionError(f"ticket {ticket!r} is in use: make a fresh one for each request", status=400)
         self._admitting[ticket] = asyncio.current_task()
         try:
             if mode == "readwrite":
-                async with self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds):
+                until = self._loop.time() + self.queue_seconds
+                async with (
+                    self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds),
+                    self.leases.holding(session, until),
+                ):
                     return await self._grant(session, ticket, mode, tokens, clients_salt, held)
             return await self._grant(session, ticket, mode, tokens, clients_salt, held)
         finally:
@@ -186,6 +211,8 @@ class SessionService:
     ) -> dict[str, Any]:
         self.commits.check_room(session)
         record = await self.records.latest(session)
+        if mode == "readwrite":
+            await self.quotas.check(session.key, record)
         window = windows.unpack(record.window) if record is not None else None
         plan = windows.plan(window, tokens)  # type: ignore[arg-type]
         base = None
@@ -230,7 +257,6 @@ class SessionService:
     async def info(self, key: SessionKey) -> dict[str, Any] | None:
         """What is known of a session, or None where it has no record."""
         session = self.directory.get(key)
-        self.directory.trim()
         record = await self.records.latest(session)
         if record is None:
             return None
@@ -246,18 +272,22 @@ class SessionService:
             "adapter": record.adapter,
             "busy": session.owner is not None,
             "durable": not session.unsaved,
+            "lost": self.commits.lost_of(key),
         }
 
     async def delete(self, key: SessionKey) -> bool:
         """Erase a session everywhere. A request that runs meanwhile finishes and commits nothing."""
         session = self.directory.get(key)
-        self.directory.trim()
         async with session.storing, session.loading:
             existed = await self.records.on_loader(self.store.delete, key)
-            if session.record is not None:
-                self.erased_states += [state_digest(session.record.base), state_digest(session.record.end)]
+            existed = self.commits.abandon(session) or existed
             session.erase()
+            self._erase_from_pool(key)
         return bool(existed)
+
+    def _erase_from_pool(self, key: SessionKey) -> None:
+        self.tickets.note_deletion(key)  # before the scheduler hears of it: see SchedulerSide._plan_seed
+        self.erased.append(key)
 
     # ------------------------------------------------------------------ called by the scheduler's thread
 
@@ -268,6 +298,10 @@ class SessionService:
     def verdict(self, ticket: str) -> tuple[bool, int | None]:
         """See `Tickets.verdict`. Never blocks."""
         return self.tickets.verdict(ticket)
+
+    def was_deleted(self, ticket: str) -> bool:
+        """See `Tickets.was_deleted`. Never blocks."""
+        return self.tickets.was_deleted(ticket)
 
     def distrust_cached_blocks(self) -> None:
         """A request ran on a wrong memory: from now on no grant shares a cached block with anything before."""
@@ -291,4 +325,7 @@ class SessionService:
         self.tickets.settle(ticket, await self.commits.commit(session, entry.grant, entry.deletions, tokens_fed, state))
 
     def _settled(self, entry: Ticket) -> None:
-        self.directory.get(entry.grant.key).release(entry.grant.ticket)
+        session = self.directory.get(entry.grant.key)
+        session.release(entry.grant.ticket)
+        if entry.grant.commits:
+            self.leases.done(session)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from deltamem_vllm.sessions.slots import Place
+
 
 @dataclass
 class Seed:
@@ -14,26 +16,27 @@ class Seed:
         block: its first block, in the block manager's numbering.
         limit: positions at or past it are read only; -1 memory off.
         write_base: False where the block came from the prefix cache, base and all.
-        slot: pool slot with the base state; None for the empty memory.
-        fill: bytes of all layers' states ([layers, H, r, r] fp32) to put into ``slot`` first; None if they are there.
+        place: pool slot with the base state; None for the empty memory.
+        fill: bytes of all layers' states ([layers, H, r, r] fp32) to put there first; None if they are there, in the
+            generation that ``place`` says.
     """
 
     request: str
     block: int
     limit: int
     write_base: bool
-    slot: int | None = None
+    place: Place | None = None
     fill: bytes | None = None
 
 
 @dataclass
 class Commit:
-    """A request ended: take the state after ``count`` tokens of ``block`` into ``slot``, and send it back."""
+    """A request ended: take the state after ``count`` tokens of ``block`` to ``place``, and send it back."""
 
     request: str
     block: int
     count: int
-    slot: int
+    place: Place
 
 
 @dataclass
@@ -41,21 +44,29 @@ class Step(KVConnectorMetadata):
     """One step's orders, carried out in this order: commits, zeroing, seeds."""
 
     commits: list[Commit] = field(default_factory=list)
-    zero: list[int] = field(default_factory=list)
+    zero: list[Place] = field(default_factory=list)
     seeds: list[Seed] = field(default_factory=list)
     release: list[str] = field(default_factory=list)  # held requests whose blocks may be freed without a commit
 
 
 @dataclass
 class Answer(KVConnectorWorkerMetadata):
-    """States taken in one step, by request: per pipeline stage the adapter layers it holds and their bytes."""
+    """What came of one step's orders, by request.
+
+    Attributes:
+        states: states taken: per pipeline stage the adapter layers it holds and their bytes.
+        errors: why an order was not followed.
+        stale: requests whose order named a slot of another generation; each has an error too.
+    """
 
     states: dict[str, list[tuple[tuple[int, ...], bytes]]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    stale: set[str] = field(default_factory=set)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "Answer":
         assert isinstance(other, Answer)
         for request, parts in other.states.items():
             self.states.setdefault(request, []).extend(parts)
         self.errors.update(other.errors)
+        self.stale |= other.stale
         return self

@@ -6,16 +6,18 @@ claims it, once; its end settles it, and the outcome waits to be asked for.
 
 import asyncio
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from deltamem_vllm.sessions.grants import Grant
+from deltamem_vllm.store.protocol import SessionKey
 
 CLAIM_SECONDS = 60.0
 """A grant that no request has claimed after this long is taken back: its API process is gone."""
-OUTCOME_SECONDS = 600.0
-"""How long an outcome nobody asked for is remembered."""
+MAX_OUTCOMES = 10_000
+"""Outcomes that nobody has asked for yet and that are remembered, the latest; some 500 bytes each."""
 
 
 @dataclass
@@ -25,6 +27,8 @@ class Ticket:
     Attributes:
         deletions: how often the session had been deleted when the grant was made.
         version: the session's version then.
+        awaited: somebody waits for its outcome.
+        deleted: whether the session was deleted since.
     """
 
     grant: Grant
@@ -34,11 +38,14 @@ class Ticket:
     claimed: bool = False
     verdict: int | None = None
     verdict_given: bool = False
+    awaited: bool = False
+    deleted: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
 class Tickets:
-    """The tickets of one engine. `claim` and `verdict` are for the scheduler's thread, the rest for the event loop.
+    """The tickets of one engine. `claim`, `verdict` and `was_deleted` are for the scheduler's thread, the rest for the
+    event loop.
 
     Args:
         release: called with every ticket that was settled.
@@ -47,11 +54,15 @@ class Tickets:
     def __init__(self, release: Callable[[Ticket], None]) -> None:
         self._release = release
         self._known: dict[str, Ticket] = {}
+        self._outcomes: OrderedDict[str, dict[str, Any]] = OrderedDict()  # settled, with nobody waiting for them
         self._claims = threading.Lock()
 
     def get(self, ticket: str) -> Ticket | None:
-        """A ticket that is known (still)."""
+        """A ticket that is not settled yet."""
         return self._known.get(ticket)
+
+    def __contains__(self, ticket: str) -> bool:
+        return ticket in self._known or ticket in self._outcomes
 
     def issue(self, grant: Grant, deletions: int, version: int) -> None:
         """A grant was made: wait for its request."""
@@ -78,6 +89,16 @@ class Tickets:
         entry = self._known.get(ticket)
         return (True, None) if entry is None else (entry.verdict_given, entry.verdict)
 
+    def was_deleted(self, ticket: str) -> bool:
+        """Whether the ticket's session was deleted after it was granted, or the ticket is not known any more."""
+        entry = self._known.get(ticket)
+        return entry is None or entry.deleted
+
+    def note_deletion(self, key: SessionKey) -> None:
+        """A session was deleted: its tickets still run, but nothing of theirs shall stay."""
+        for entry in self._known.values():
+            entry.deleted |= entry.grant.key == key
+
     def give_verdict(self, ticket: str, tokens: int | None) -> None:
         """The API process says of a request: commit it after ``tokens`` tokens (a held one), or (None) drop it."""
         entry = self._known.get(ticket)
@@ -94,18 +115,23 @@ class Tickets:
             return
         if entry.timer is not None:
             entry.timer.cancel()
-        entry.outcome.set_result({"version": entry.version, **result, "session": entry.grant.key.session})
+        result = {"version": entry.version, **result, "session": entry.grant.key.session}
+        entry.outcome.set_result(result)
+        del self._known[ticket]  # and the grant, with its states
+        if not entry.awaited:
+            self._outcomes[ticket] = result
+            if len(self._outcomes) > MAX_OUTCOMES:
+                self._outcomes.popitem(last=False)
         self._release(entry)
-        asyncio.get_running_loop().call_later(OUTCOME_SECONDS, self._known.pop, ticket, None)
 
     async def outcome(self, ticket: str) -> dict[str, Any]:
         """What became of a ticket: waits until it is known, and durable where it was a commit."""
         entry = self._known.get(ticket)
         if entry is None:
-            return {"status": "unknown", "error": "this ticket is not known (any more)"}
-        result = await asyncio.shield(entry.outcome)
-        self._known.pop(ticket, None)
-        return result
+            unknown = {"status": "unknown", "error": "this ticket is not known (any more)"}
+            return self._outcomes.pop(ticket, unknown)
+        entry.awaited = True
+        return await asyncio.shield(entry.outcome)
 
     def _withdraw(self, ticket: str, why: str) -> None:
         """Take back a ticket that no request has claimed."""

@@ -1,5 +1,6 @@
 """The worker's half of the connector: carries out a step's orders before its forward pass."""
 
+import contextlib
 import logging
 
 import torch
@@ -9,7 +10,8 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from deltamem_vllm.config import Settings
 from deltamem_vllm.memory.pages import StatePages
 from deltamem_vllm.memory.scan import kernels_for
-from deltamem_vllm.sessions.pool import SessionPool
+from deltamem_vllm.ops.paged import WRITE_OFF
+from deltamem_vllm.sessions.pool import SessionPool, StaleOrder
 from deltamem_vllm.sessions.steps import Answer, Step
 
 logger = logging.getLogger("vllm.deltamem")
@@ -41,35 +43,34 @@ class WorkerSide:
 
     @torch.inference_mode()
     def carry_out(self, step: Step) -> None:
-        """Commits first (their pages may be overwritten from now on), then the new requests' seeds."""
+        """Commits first (their pages may be overwritten from now on), then zeroing, then the new requests' seeds."""
         if self._pool is None:
             self._done.update(c.request for c in step.commits)
             self._done.update(step.release)
             return
         ships = get_tensor_model_parallel_rank() == 0
-        for commit in step.commits:
-            try:
-                payload = self._pool.take(commit.block, commit.count, commit.slot)
-                if ships:
-                    self._answer.states[commit.request] = [(self._indices, payload)]
-            except Exception as e:  # one session must not end the engine for all
-                logger.exception("the state of a request could not be taken")
-                self._answer.errors[commit.request] = f"{type(e).__name__}: {e}"
+        for commit, taken in zip(step.commits, self._pool.take(step.commits), strict=True):
+            if isinstance(taken, Exception):  # one session must not end the engine for all
+                self._refuse(commit.request, "the state of a request could not be taken", taken)
+            elif ships:
+                self._answer.states[commit.request] = [(self._indices, taken)]
             self._done.add(commit.request)
         self._done.update(step.release)
-        for slot in step.zero:
-            self._pool.zero(slot)
-        for seed in step.seeds:
-            try:
-                if seed.fill is not None and seed.slot is not None:
-                    self._pool.fill(seed.slot, seed.fill)
-                self._pool.set_limit(seed.block, seed.limit)
-                if seed.write_base:
-                    self._pool.seed(seed.block, seed.slot)
-            except Exception as e:
-                logger.exception("a request could not be given its memory")
-                self._pool.set_limit(seed.block, -1)
-                self._answer.errors[seed.request] = f"{type(e).__name__}: {e}"
+        try:
+            self._pool.zero(step.zero)
+        except Exception:
+            logger.exception("slots %s of the session pool could not be zeroed", step.zero)
+        for seed, error in zip(step.seeds, self._pool.seed(step.seeds), strict=True):
+            if error is not None:
+                self._refuse(seed.request, "a request could not be given its memory", error)
+                with contextlib.suppress(ValueError):  # no such block: that is the error
+                    self._pool.set_limit(seed.block, WRITE_OFF)
+
+    def _refuse(self, request: str, what: str, error: Exception) -> None:
+        logger.error("%s: %s", what, error, exc_info=error)
+        self._answer.errors[request] = f"{type(error).__name__}: {error}"
+        if isinstance(error, StaleOrder):
+            self._answer.stale.add(request)
 
     def take_answer(self) -> Answer | None:
         """What this step brought, once."""

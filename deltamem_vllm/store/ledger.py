@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deltamem_vllm.errors import QuotaExceeded, StaleVersion, StoreError, VersionNotKept
+from deltamem_vllm.store.leases import fenced
 from deltamem_vllm.store.protocol import Expect, Outcome, Quota, Record, SessionKey, StateStore, Usage, admit
 
 
@@ -86,6 +87,7 @@ def plan(
     usages: dict[str, Usage],
     quota: Quota,
     keep: int,
+    fences: Mapping[SessionKey, float],
 ) -> tuple[dict[int, Outcome], list[Write]]:
     """What a group writes, in order, each item seeing those before it.
 
@@ -93,6 +95,7 @@ def plan(
         puts: by the caller's index: record, what its writer saw, encoded record.
         views: of every session of the group that exists; brought up to date.
         usages: of every tenant of the group that has one; brought up to date.
+        fences: sessions on which another holder has a live lease, with its seconds left.
 
     Returns:
         the outcome of each index, and what is to be written.
@@ -106,6 +109,9 @@ def plan(
             change = decide(record, expect, len(blob), view, usage, quota, keep)
         except StoreError as error:
             outcomes[index] = error
+            continue
+        if change is not None and key in fences:
+            outcomes[index] = fenced(key, fences[key])
             continue
         outcomes[index] = None
         if change is not None:

@@ -10,7 +10,9 @@ from deltamem_vllm.store.codec import PLAIN, RecordCodec
 from deltamem_vllm.store.ledger import View, check_keep, decide, roll_back
 from deltamem_vllm.store.protocol import (
     Expect,
+    Keys,
     Listing,
+    Names,
     Outcomes,
     Put,
     Quota,
@@ -42,8 +44,8 @@ class MemoryStore:
 
     def __init__(self, *, keep: int = 4, quota: Quota | None = None, codec: RecordCodec = PLAIN) -> None:
         self.codec = codec
-        self._keep = check_keep(keep)
-        self._quota = quota or Quota()
+        self.keep = check_keep(keep)
+        self.quota = quota or Quota()
         self._verify = Verifier(codec, "memory://")
         self._sessions: dict[SessionKey, _Session] = {}
         self._usage: dict[str, Usage] = {}
@@ -77,7 +79,7 @@ class MemoryStore:
         with self._lock:
             session = self._open().get(key) or _Session()
             usage = self._usage.get(key.tenant, Usage())
-            change = decide(record, expect, len(blob), session.view, usage, self._quota, self._keep)
+            change = decide(record, expect, len(blob), session.view, usage, self.quota, self.keep)
             if change is None:
                 return
             session.view = session.view.after(record, len(blob), change)
@@ -117,10 +119,30 @@ class MemoryStore:
         return True
 
     def expire(self, now: float, idle_seconds: float, limit: int = 1000) -> int:
+        until = now - idle_seconds
+        return len(self.delete_idle(self.idle(until, limit), until))
+
+    def idle(self, until: float, limit: int = 1000) -> Keys:
         with self._lock:
             heads = [max(session.versions.items())[1][0] for session in self._open().values()]
-            idle = sorted((i.updated_at, i.key) for i in heads if i.updated_at <= now - idle_seconds)[: max(0, limit)]
-            return sum(self._delete(key) for _, key in idle)
+        found = sorted((info.updated_at, info.key) for info in heads if info.updated_at <= until)
+        return [key for _, key in found[: max(0, limit)]]
+
+    def delete_idle(self, keys: Sequence[SessionKey], until: float) -> Keys:
+        gone: Keys = []
+        with self._lock:
+            sessions = self._open()
+            for key in keys:
+                session = sessions.get(key)
+                idle = session is not None and max(session.versions.items())[1][0].updated_at <= until
+                if idle and self._delete(key):
+                    gone.append(key)
+        return gone
+
+    def tenants(self, after: str | None = None, limit: int = 100) -> Names:
+        with self._lock:
+            self._open()
+            return sorted(name for name in self._usage if after is None or name > after)[: max(0, limit)]
 
     def usage(self, tenant: str) -> Usage:
         with self._lock:

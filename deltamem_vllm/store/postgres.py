@@ -21,11 +21,15 @@ from typing import Any
 from deltamem_vllm.errors import ConfigError, CorruptRecord, StoreError
 from deltamem_vllm.store import postgres_schema as sql
 from deltamem_vllm.store.codec import MAX_RECORD_BYTES, PLAIN, RecordCodec
+from deltamem_vllm.store.leases import LEASE_SECONDS, Leases, check_lease_seconds, new_holder
 from deltamem_vllm.store.ledger import View, Write, check_keep, plan, roll_back
+from deltamem_vllm.store.postgres_leases import PostgresLeases, columns
 from deltamem_vllm.store.postgres_link import Connection, Link, Moved
 from deltamem_vllm.store.protocol import (
     Expect,
+    Keys,
     Listing,
+    Names,
     Outcome,
     Outcomes,
     Put,
@@ -38,6 +42,7 @@ from deltamem_vllm.store.protocol import (
 )
 from deltamem_vllm.store.verify import Verifier
 
+list_of = list  # here, because ``list`` is a method of the store
 _Encoded = dict[int, tuple[Record, Expect | None, bytes]]
 
 
@@ -53,6 +58,7 @@ class PostgresStore:
         codec: how records are stored; ``crypto.SealedCodec`` encrypts them.
         statement_seconds: what a statement may take, waiting for locks included.
         retry_seconds: how long a broken connection is tried again before ``StoreUnavailable``.
+        lease_seconds: how long a lease lasts; 0: this process takes none, but respects others'.
 
     Raises:
         ConfigError: the URL is not valid, the tables are of a newer version, or the server does not sync.
@@ -68,13 +74,18 @@ class PostgresStore:
         codec: RecordCodec = PLAIN,
         statement_seconds: float = 10.0,
         retry_seconds: float = 5.0,
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self.codec = codec
-        self._keep = check_keep(keep)
-        self._quota = quota or Quota()
+        self.keep = check_keep(keep)
+        self.quota = quota or Quota()
         self._link = Link(url, statement_seconds=statement_seconds, retry_seconds=retry_seconds)
         self.where = self._link.where
         self._verify = Verifier(codec, self.where)
+        self._holder = new_holder()
+        self.leases: Leases | None = None
+        if check_lease_seconds(lease_seconds):
+            self.leases = PostgresLeases(self._link, self._holder, lease_seconds)
         try:
             self._prepare()
         except BaseException:
@@ -99,6 +110,12 @@ class PostgresStore:
     def list(self, tenant: str, after: str | None = None, limit: int = 100, *, prefix: str | None = None) -> Listing:
         rows = self._link.read("list", sql.LIST, (tenant, *id_range(after, prefix), max(0, limit)))
         return [SessionInfo(SessionKey(tenant, session), *rest) for session, *rest in rows]
+
+    def idle(self, until: float, limit: int = 1000) -> Keys:
+        return [SessionKey(*row) for row in self._link.read("list", sql.IDLE, (until, max(0, limit)))]
+
+    def tenants(self, after: str | None = None, limit: int = 100) -> Names:
+        return [str(name) for (name,) in self._link.read("list", sql.TENANTS, (after or "", max(0, limit)))]
 
     def usage(self, tenant: str) -> Usage:
         rows = self._link.read("read", sql.USAGE, (tenant,))
@@ -149,13 +166,20 @@ class PostgresStore:
 
     def expire(self, now: float, idle_seconds: float, limit: int = 1000) -> int:
         until = now - idle_seconds
-        idle = [SessionKey(*row) for row in self._link.read("list", sql.IDLE, (until, max(0, limit)))]
-        if not idle:
-            return 0
-        gone = self._link.write("expire sessions in", lambda connection: _delete(connection, idle, until))
+        return len(self.delete_idle(self.idle(until, limit), until))
+
+    def delete_idle(self, keys: Sequence[SessionKey], until: float) -> Keys:
+        if not keys:
+            return []
+        gone: set[SessionKey] = set()
+
+        def work(connection: Connection) -> None:  # as in ``delete``: what any attempt has deleted
+            gone.update(_delete(connection, list_of(keys), until))
+
+        self._link.write("expire sessions in", work)
         for key in gone:
             self._verify.forget(key)
-        return len(gone)
+        return list_of(gone)
 
     def reencrypt(self, batch: int = 100) -> int:
         done = 0
@@ -173,14 +197,15 @@ class PostgresStore:
 
     def _put_group(self, connection: Connection, encoded: _Encoded) -> dict[int, Outcome]:
         """Compare and set a group inside the open transaction."""
-        keys = sorted({record.key for record, _, _ in encoded.values()})
+        keys = {record.key for record, _, _ in encoded.values()}
         tenants = sorted({key.tenant for key in keys})
-        names = ([key.tenant for key in keys], [key.session for key in keys])
+        names = columns(list(keys))
         with connection.pipeline():
             connection.execute(sql.NEW_TENANTS, (tenants,))
             locked = connection.execute(sql.LOCK_TENANTS, (tenants,))
             heads = connection.execute(sql.HEADS, names)
             kept = connection.execute(sql.KEPT, names)
+            leases = connection.execute(sql.FENCE, names)
         usages = {tenant: Usage(*used) for tenant, *used in locked.fetchall()}
         if len(usages) != len(tenants):
             raise Moved("a tenant's row was removed while it was waited for")
@@ -188,7 +213,12 @@ class PostgresStore:
         for tenant, session, version, request_id, size in kept.fetchall():
             versions.setdefault((tenant, session), {})[version] = (request_id, size)
         views = {SessionKey(t, s): View(tuple(head), versions.get((t, s), {})) for t, s, *head in heads.fetchall()}
-        outcomes, writes = plan(encoded, views, usages, self._quota, self._keep)
+        fences = {
+            SessionKey(tenant, session): left
+            for tenant, session, holder, left in leases.fetchall()
+            if holder != self._holder and left > 0
+        }
+        outcomes, writes = plan(encoded, views, usages, self.quota, self.keep, fences)
         with connection.pipeline():
             moved = [_write(connection, write) for write in writes]
             for tenant in {write.record.key.tenant for write in writes}:
@@ -262,9 +292,11 @@ def _delete(connection: Connection, keys: list[SessionKey], until: float) -> lis
     tenants = sorted({key.tenant for key in keys})
     with connection.pipeline():
         connection.execute(sql.LOCK_TENANTS, (tenants,))
-        gone = connection.execute(sql.DELETE, ([k.tenant for k in keys], [k.session for k in keys], until))
+        cursor = connection.execute(sql.DELETE, ([k.tenant for k in keys], [k.session for k in keys], until))
         connection.execute(sql.DROP_TENANTS, (tenants,))
-    return [SessionKey(*row) for row in gone.fetchall()]
+    gone = [SessionKey(*row) for row in cursor.fetchall()]
+    connection.execute(sql.DROP_LEASES, columns(gone))
+    return gone
 
 
 def _reseal(changes: list[tuple[Any, bytes]], connection: Connection) -> int:

@@ -83,13 +83,16 @@ class Link:
 
         return self.run(what, transaction)
 
-    def run(self, what: str, work: Callable[[Connection], T]) -> T:
+    def run(self, what: str, work: Callable[[Connection], T], retry_seconds: float | None = None) -> T:
         """Run ``work`` on a connection, again on a new one while the connection breaks.
+
+        Args:
+            retry_seconds: at most so long, if that is less than the link's own.
 
         Raises:
             StoreUnavailable: it did not succeed; the message names the database and the remedy.
         """
-        deadline = time.monotonic() + self._retry_seconds
+        deadline = time.monotonic() + min(self._retry_seconds, retry_seconds or self._retry_seconds)
         pause = 0.02
         while True:
             try:

@@ -42,6 +42,16 @@ MIGRATIONS = (
     );
     ALTER TABLE deltamem_versions ALTER COLUMN blob SET STORAGE EXTERNAL;
     """,
+    """
+    CREATE UNLOGGED TABLE deltamem_leases (
+        tenant TEXT COLLATE "C" NOT NULL,
+        session TEXT COLLATE "C" NOT NULL,
+        holder TEXT NOT NULL,
+        expires_at TIMESTAMPTZ NOT NULL,
+        wanted_at TIMESTAMPTZ,
+        PRIMARY KEY (tenant, session)
+    );
+    """,
 )
 """``MIGRATIONS[n]`` brings a database from schema n to n+1. Entries are never edited, only added."""
 
@@ -96,6 +106,7 @@ DELETE = """
 """
 DROP_TENANTS = "DELETE FROM deltamem_tenants WHERE tenant = ANY(%s) AND sessions = 0"
 IDLE = "SELECT tenant, session FROM deltamem_sessions WHERE updated_at <= %s ORDER BY updated_at LIMIT %s"
+TENANTS = "SELECT tenant FROM deltamem_tenants WHERE tenant > %s ORDER BY tenant LIMIT %s"
 GET = """
     SELECT h.version, h.incarnation, h.request_id, CASE WHEN octet_length(v.blob) <= %s THEN v.blob END
     FROM deltamem_sessions h LEFT JOIN deltamem_versions v USING (tenant, session, version)
@@ -128,3 +139,46 @@ RESEAL = """
     WHERE tenant = %s AND session = %s AND version = %s AND incarnation = %s AND request_id = %s
 """
 ADD_BYTES = "UPDATE deltamem_tenants SET bytes = bytes + %s WHERE tenant = %s"
+
+# Leases. Only the server's clock counts, and within a statement it stands still. Whoever locks several rows takes
+# them in sorted order; who holds a tenant's row may wait for a lease's, never the other way round.
+ACQUIRE = """
+    INSERT INTO deltamem_leases AS l (tenant, session, holder, expires_at)
+    SELECT k.tenant, k.session, %s, statement_timestamp() + make_interval(secs => %s)
+    FROM unnest(%s::text[], %s::text[]) AS k (tenant, session), set_config('synchronous_commit', 'off', true)
+    ORDER BY k.tenant COLLATE "C", k.session COLLATE "C"
+    ON CONFLICT (tenant, session) DO UPDATE SET (holder, expires_at, wanted_at) = (
+        SELECT CASE WHEN free THEN excluded.holder ELSE l.holder END,
+               CASE WHEN free THEN excluded.expires_at ELSE l.expires_at END,
+               CASE WHEN free THEN l.wanted_at ELSE statement_timestamp() END
+        FROM (SELECT l.holder = excluded.holder OR l.expires_at <= statement_timestamp()) AS may (free))
+    RETURNING tenant, session, holder,
+              extract(epoch FROM expires_at - statement_timestamp())::double precision,
+              coalesce(wanted_at > statement_timestamp() - make_interval(secs => %s), false)
+"""
+FENCE = """
+    SELECT tenant, session, holder, extract(epoch FROM expires_at - statement_timestamp())::double precision
+    FROM deltamem_leases
+    WHERE (tenant, session) IN (SELECT * FROM unnest(%s::text[], %s::text[]))
+    ORDER BY tenant, session FOR SHARE
+"""
+"""Locks the rows, so that no lease changes hands between this look and the COMMIT."""
+RELEASE = """
+    DELETE FROM deltamem_leases WHERE (tenant, session) IN (
+        SELECT tenant, session FROM deltamem_leases
+        WHERE (tenant, session) IN (SELECT * FROM unnest(%s::text[], %s::text[])) AND holder = %s
+        ORDER BY tenant, session FOR UPDATE)
+    AND holder = %s AND set_config('synchronous_commit', 'off', true) IS NOT NULL
+"""
+SWEEP_LEASES = """
+    DELETE FROM deltamem_leases WHERE (tenant, session) IN (
+        SELECT tenant, session FROM deltamem_leases WHERE expires_at < statement_timestamp() - interval '1 hour'
+        FOR UPDATE SKIP LOCKED)
+"""
+"""What killed servers left behind."""
+DROP_LEASES = """
+    DELETE FROM deltamem_leases WHERE (tenant, session) IN (
+        SELECT tenant, session FROM deltamem_leases
+        WHERE (tenant, session) IN (SELECT * FROM unnest(%s::text[], %s::text[]))
+        ORDER BY tenant, session FOR UPDATE)
+"""

@@ -175,13 +175,23 @@ class Quota:
 Outcome = StoreError | None
 Outcomes = list[Outcome]
 Listing = list[SessionInfo]
+Keys = list[SessionKey]
+Names = list[str]
 Put = tuple[Record, Expect | None]
 
 
 @runtime_checkable
 class StateStore(Protocol):
     """A store of sessions. Every method is safe to call from any thread and raises ``StoreUnavailable``
-    when the store cannot be reached, is full, read-only or closed."""
+    when the store cannot be reached, is full, read-only or closed.
+
+    Attributes:
+        keep: versions kept of each session.
+        quota: what each tenant may store.
+    """
+
+    keep: int
+    quota: Quota
 
     def get(self, key: SessionKey) -> Record | None:
         """The newest version, verified; None if the session does not exist.
@@ -249,6 +259,16 @@ class StateStore(Protocol):
         Returns:
             how many were deleted; fewer than ``limit``: none are left.
         """
+
+    def idle(self, until: float, limit: int = 1000) -> Keys:
+        """Up to ``limit`` sessions whose last commit was at ``until`` (seconds since the epoch) or before, the
+        longest idle first."""
+
+    def delete_idle(self, keys: Sequence[SessionKey], until: float) -> Keys:
+        """Delete those of the sessions that have no commit after ``until``; returns them. Erases as ``delete``."""
+
+    def tenants(self, after: str | None = None, limit: int = 100) -> Names:
+        """Up to ``limit`` tenants that have sessions, in the order of their names, from the one behind ``after``."""
 
     def usage(self, tenant: str) -> Usage:
         """What a tenant has stored; zeros for one that has nothing."""

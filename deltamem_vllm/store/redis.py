@@ -26,10 +26,13 @@ from typing import Any
 
 from deltamem_vllm.errors import CorruptRecord, StoreError
 from deltamem_vllm.store.codec import PLAIN, RecordCodec
+from deltamem_vllm.store.leases import LEASE_SECONDS, Leases, check_lease_seconds, fenced, new_holder
 from deltamem_vllm.store.ledger import Change, check_keep, check_quota, roll_back
 from deltamem_vllm.store.protocol import (
     Expect,
+    Keys,
     Listing,
+    Names,
     Outcome,
     Outcomes,
     Put,
@@ -41,6 +44,7 @@ from deltamem_vllm.store.protocol import (
     admit,
     id_range,
 )
+from deltamem_vllm.store.redis_leases import RedisLeases
 from deltamem_vllm.store.redis_link import Durability, RedisLink
 from deltamem_vllm.store.verify import Verifier, info_of
 
@@ -60,6 +64,7 @@ class RedisStore:
         codec: how records are stored; ``crypto.SealedCodec`` encrypts them.
         timeout_seconds: what a command may take.
         retry_seconds: how long a broken connection is tried again before ``StoreUnavailable``.
+        lease_seconds: how long a lease lasts; 0: this process takes none, but respects others'.
 
     Raises:
         ConfigError: the URL is not valid, or the server's settings may lose what is acknowledged.
@@ -77,14 +82,19 @@ class RedisStore:
         codec: RecordCodec = PLAIN,
         timeout_seconds: float = 5.0,
         retry_seconds: float = 5.0,
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self.codec = codec
-        self._keep = check_keep(keep)
-        self._quota = quota or Quota()
+        self.keep = check_keep(keep)
+        self.quota = quota or Quota()
         self._namespace = namespace.encode()
         self._link = RedisLink(url, namespace=namespace, timeout_seconds=timeout_seconds, retry_seconds=retry_seconds)
         self.where = self._link.where
         self._verify = Verifier(codec, self.where)
+        self._holder = new_holder()
+        self.leases: Leases | None = None
+        if check_lease_seconds(lease_seconds):
+            self.leases = RedisLeases(self._link, self._lease_names, self._holder, lease_seconds)
         try:
             self._link.check_server(durability)
         except BaseException:
@@ -127,6 +137,22 @@ class RedisStore:
         # Sessions that went between the two steps: an empty page would look like the end.
         return infos or self.list(tenant, keys[-1].session, limit, prefix=prefix)
 
+    def idle(self, until: float, limit: int = 1000) -> Keys:
+        if limit <= 0:
+            return []
+        score = repr(float(until))
+        found = self._link.run(
+            "list", lambda: self._link.client.zrangebyscore(self._idle, "-inf", score, start=0, num=limit)
+        )
+        return [SessionKey(*member.decode().split("\0")) for member in found]
+
+    def tenants(self, after: str | None = None, limit: int = 100) -> Names:
+        prefix = self._key(b"used", "")
+        found = self._link.run("list", lambda: {*self._link.client.scan_iter(match=_glob(prefix) + b"*", count=1000)})
+        names = (name[len(prefix) :] for name in found)
+        start = (after or "").encode()
+        return [name.decode() for name in sorted(name for name in names if name > start)[: max(0, limit)]]
+
     def usage(self, tenant: str) -> Usage:
         key = self._key(b"used", tenant)
         sessions, size = self._link.run("read", lambda: self._link.client.hmget(key, "sessions", "bytes"))
@@ -142,8 +168,8 @@ class RedisStore:
     def put_many(self, puts: Sequence[Put]) -> Outcomes:
         outcomes: Outcomes = [None] * len(puts)
         keys: list[bytes] = []
-        limits = (-1 if limit is None else limit for limit in (self._quota.sessions, self._quota.bytes))
-        values: list[Any] = [self._keep, *limits]
+        limits = (-1 if limit is None else limit for limit in (self.quota.sessions, self.quota.bytes))
+        values: list[Any] = [self.keep, *limits, self._holder]
         sent: list[int] = []
         for index, (record, expect) in enumerate(puts):
             try:
@@ -181,19 +207,17 @@ class RedisStore:
         return existed or bool(gone)  # a cut may have come after the server had done it
 
     def expire(self, now: float, idle_seconds: float, limit: int = 1000) -> int:
-        if limit <= 0:
-            return 0
-        until = repr(float(now - idle_seconds))
-        idle = self._link.run(
-            "list", lambda: self._link.client.zrangebyscore(self._idle, "-inf", until, start=0, num=limit)
-        )
-        done = 0
-        for member in idle:
-            key = SessionKey(*member.decode().split("\0"))
-            if self._link.script("expire sessions in", "DELETE", self._keys(key), member, key.session, until):
+        until = now - idle_seconds
+        return len(self.delete_idle(self.idle(until, limit), until))
+
+    def delete_idle(self, keys: Sequence[SessionKey], until: float) -> Keys:
+        gone: Keys = []
+        for key in keys:
+            values = (_member(key), key.session, repr(float(until)))
+            if self._link.script("expire sessions in", "DELETE", self._keys(key), *values):
                 self._verify.forget(key)
-                done += 1
-        return done
+                gone.append(key)
+        return gone
 
     def reencrypt(self, batch: int = 100) -> int:
         done = 0
@@ -219,19 +243,21 @@ class RedisStore:
         if sealed is None:
             return False
         meta = _meta(self._verify.version(key, _row(found), sealed), len(sealed))
-        head, vers, _, used, _ = self._keys(key)
+        head, vers, _, used, *_ = self._keys(key)
         values = (version, found[3], sealed, meta)
         return bool(self._link.script("write", "RESEAL", [head, vers, used], *values))
 
     def _outcome(self, record: Record, expect: Expect | None, answer: _Answer) -> Outcome:
         """The error that the common rules give for what the script found; None if it is stored."""
-        kind, version, incarnation, request_id, created, grown, sessions, size = answer
+        kind, version, incarnation, request_id, created, grown, sessions, size, left = answer
         if kind in (b"stored", b"there"):
             return None
+        if kind == b"leased":
+            return fenced(record.key, left / 1000)
         stored = (int(version), incarnation.decode(), request_id.decode()) if version else None
         try:
             if kind == b"quota":
-                check_quota(Change(bool(created), (), grown), Usage(sessions, size), self._quota, record.key)
+                check_quota(Change(bool(created), (), grown), Usage(sessions, size), self.quota, record.key)
             else:
                 admit(record, expect, stored)
         except StoreError as error:
@@ -246,10 +272,14 @@ class RedisStore:
         return b":".join((self._namespace, kind, name.encode()))
 
     def _keys(self, key: SessionKey) -> _Keys:
-        """head, vers, names, used, idle of a session."""
+        """head, vers, names, used, idle, lease of a session."""
         member = f"{key.tenant}\0{key.session}"
         tenants = [self._key(kind, key.tenant) for kind in (b"names", b"used")]
-        return [self._key(b"head", member), self._key(b"vers", member), *tenants, self._idle]
+        lease = self._lease_names(key)[0]
+        return [self._key(b"head", member), self._key(b"vers", member), *tenants, self._idle, lease]
+
+    def _lease_names(self, key: SessionKey) -> _Keys:
+        return [self._key(kind, f"{key.tenant}\0{key.session}") for kind in (b"lease", b"want")]
 
 
 def _member(key: SessionKey) -> bytes:

@@ -67,9 +67,9 @@ class RedisLink:
         names = [name for name in vars(redis_scripts) if name.isupper()]
         self._scripts = {name: self.client.register_script(getattr(redis_scripts, name)) for name in names}
 
-    def script(self, what: str, name: str, keys: list[bytes], *values: Any) -> Any:
+    def script(self, what: str, name: str, keys: list[bytes], *values: Any, retry_seconds: float | None = None) -> Any:
         """What a script of ``redis_scripts`` returns."""
-        return self.run(what, lambda: self._scripts[name](keys=keys, args=values))
+        return self.run(what, lambda: self._scripts[name](keys=keys, args=values), retry_seconds)
 
     def close(self) -> None:
         """Close the connections. A second call does nothing."""
@@ -77,13 +77,16 @@ class RedisLink:
             self._closed = True
             self.client.close()
 
-    def run(self, what: str, action: Callable[[], T]) -> T:
+    def run(self, what: str, action: Callable[[], T], retry_seconds: float | None = None) -> T:
         """Run an action, again while the connection breaks; the action can be repeated.
+
+        Args:
+            retry_seconds: at most so long, if that is less than the link's own.
 
         Raises:
             StoreUnavailable: it did not succeed; the message names the server and the remedy.
         """
-        deadline = time.monotonic() + self._retry_seconds
+        deadline = time.monotonic() + min(self._retry_seconds, retry_seconds or self._retry_seconds)
         pause = 0.02
         while True:
             if self._closed:

@@ -7,6 +7,7 @@ Keys, under the store's namespace ``n`` (ids cannot hold NUL, so ``tenant NUL se
     n:names:<tenant>                 zset  session ids, all with score 0, hence ordered by bytes
     n:used:<tenant>                  hash  sessions, bytes
     n:idle                           zset  tenant NUL session, by updated_at
+    n:lease:<tenant NUL session>     its holder, until it expires; n:want:…, for a moment: somebody else asked for it
 
 The comparison and the quotas are those of ``ledger``: a refused item comes back with what was stored, and the
 caller makes the error from it by the same rules.
@@ -15,10 +16,10 @@ caller makes the error from it by the same rules.
 PUT = """
 local keep, most_sessions, most_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local answers = {}
-for item = 0, (#ARGV - 3) / 10 - 1 do
-  local head, vers, names, used, idle = unpack(KEYS, 5 * item + 1, 5 * item + 5)
+for item = 0, (#ARGV - 4) / 10 - 1 do
+  local head, vers, names, used, idle, lease = unpack(KEYS, 6 * item + 1, 6 * item + 6)
   local member, session, version, incarnation, request, seen, life, updated, meta, blob =
-    unpack(ARGV, 10 * item + 4, 10 * item + 13)
+    unpack(ARGV, 10 * item + 5, 10 * item + 14)
   local stored = redis.call('HMGET', head, 'v', 'i', 'r')
   local use = redis.call('HMGET', used, 'sessions', 'bytes')
   local sessions, bytes = tonumber(use[1] or 0), tonumber(use[2] or 0)
@@ -46,6 +47,10 @@ for item = 0, (#ARGV - 3) / 10 - 1 do
       answer = 'quota'
     end
   end
+  local holder, left = redis.call('GET', lease), 0
+  if answer == 'stored' and holder and holder ~= ARGV[4] then
+    answer, left = 'leased', redis.call('PTTL', lease)
+  end
   if answer == 'stored' then
     redis.call('HSET', head, 'v', version, 'i', incarnation, 'r', request, 'm', meta)
     for _, kept in ipairs(trim) do redis.call('HDEL', vers, 'b' .. kept, 'm' .. kept, 'r' .. kept) end
@@ -55,11 +60,12 @@ for item = 0, (#ARGV - 3) / 10 - 1 do
     redis.call('ZADD', names, 0, session)
     redis.call('ZADD', idle, updated, member)
   end
-  answers[#answers + 1] = {answer, stored[1] or '', stored[2] or '', stored[3] or '', created, grown, sessions, bytes}
+  answers[#answers + 1] =
+    {answer, stored[1] or '', stored[2] or '', stored[3] or '', created, grown, sessions, bytes, left}
 end
 return answers
 """
-"""KEYS: five per item. ARGV: keep, quotas (-1: none), then ten per item."""
+"""KEYS: six per item. ARGV: keep, quotas (-1: none), our name as a holder of leases, then ten per item."""
 
 GET = """
 local stored = redis.call('HMGET', KEYS[1], 'v', 'i', 'r')
@@ -92,14 +98,14 @@ local bytes = 0
 for _, field in ipairs(redis.call('HKEYS', KEYS[2])) do
   if string.sub(field, 1, 1) == 'b' then bytes = bytes + redis.call('HSTRLEN', KEYS[2], field) end
 end
-redis.call('DEL', KEYS[1], KEYS[2])
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[6])
 redis.call('ZREM', KEYS[3], ARGV[2])
 redis.call('ZREM', KEYS[5], ARGV[1])
 redis.call('HINCRBY', KEYS[4], 'bytes', -bytes)
 if redis.call('HINCRBY', KEYS[4], 'sessions', -1) <= 0 then redis.call('DEL', KEYS[4]) end
 return 1
 """
-"""KEYS: head, vers, names, used, idle. ARGV: member, session, latest updated_at or ''."""
+"""KEYS: head, vers, names, used, idle, lease. ARGV: member, session, latest updated_at or ''."""
 
 RESEAL = """
 if redis.call('HGET', KEYS[2], 'b' .. ARGV[1]) ~= ARGV[2] then return 0 end
@@ -109,3 +115,27 @@ redis.call('HINCRBY', KEYS[3], 'bytes', #ARGV[3] - #ARGV[2])
 return 1
 """
 """KEYS: head, vers, used. ARGV: version, old record, new record, new listing entry."""
+
+ACQUIRE = """
+local answers = {}
+for item = 1, #KEYS, 2 do
+  local holder = redis.call('GET', KEYS[item])
+  if holder and holder ~= ARGV[1] then
+    redis.call('SET', KEYS[item + 1], '1', 'PX', ARGV[3], 'NX')
+    answers[#answers + 1] = {0, math.max(redis.call('PTTL', KEYS[item]), 0), 0}
+  else
+    redis.call('SET', KEYS[item], ARGV[1], 'PX', ARGV[2])
+    answers[#answers + 1] = {1, tonumber(ARGV[2]), redis.call('EXISTS', KEYS[item + 1])}
+  end
+end
+return answers
+"""
+"""KEYS: lease, want per session. ARGV: holder, milliseconds of a lease, of a want."""
+
+RELEASE = """
+for _, lease in ipairs(KEYS) do
+  if redis.call('GET', lease) == ARGV[1] then redis.call('DEL', lease) end
+end
+return 1
+"""
+"""KEYS: leases. ARGV: holder."""

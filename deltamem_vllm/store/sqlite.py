@@ -15,6 +15,7 @@ Tables and statements: ``sqlite_schema``. Files and errors: ``sqlite_file``.
 """
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,9 @@ from deltamem_vllm.store.codec import MAX_RECORD_BYTES, PLAIN, RecordCodec
 from deltamem_vllm.store.ledger import View, check_keep, decide, roll_back
 from deltamem_vllm.store.protocol import (
     Expect,
+    Keys,
     Listing,
+    Names,
     Outcome,
     Outcomes,
     Put,
@@ -74,8 +77,8 @@ class SQLiteStore:
     ) -> None:
         self.path = Path(path).absolute()
         self.codec = codec
-        self._keep = check_keep(keep)
-        self._quota = quota or Quota()
+        self.keep = check_keep(keep)
+        self.quota = quota or Quota()
         self._verify = Verifier(codec, str(self.path))
         self._vfs = vfs
         self._process = os.getpid()
@@ -116,6 +119,12 @@ class SQLiteStore:
     def list(self, tenant: str, after: str | None = None, limit: int = 100, *, prefix: str | None = None) -> Listing:
         rows = self._read("list", sqlite_schema.LIST, (tenant, *id_range(after, prefix), max(0, limit)))
         return [SessionInfo(SessionKey(tenant, session), *rest) for session, *rest in rows]
+
+    def idle(self, until: float, limit: int = 1000) -> Keys:
+        return [SessionKey(*row) for row in self._read("list", sqlite_schema.IDLE, (until, max(0, limit)))]
+
+    def tenants(self, after: str | None = None, limit: int = 100) -> Names:
+        return [name for (name,) in self._read("list", sqlite_schema.TENANTS, (after or "", max(0, limit)))]
 
     def usage(self, tenant: str) -> Usage:
         rows = self._read("read", sqlite_schema.USAGE, (tenant,))
@@ -163,16 +172,19 @@ class SQLiteStore:
         return existed
 
     def expire(self, now: float, idle_seconds: float, limit: int = 1000) -> int:
+        until = now - idle_seconds
+        return len(self.delete_idle(self.idle(until, limit), until))
+
+    def delete_idle(self, keys: Sequence[SessionKey], until: float) -> Keys:
+        if not keys:
+            return []
         with self._transaction() as writer:
-            found: Any = writer.execute(sqlite_schema.IDLE, (now - idle_seconds, max(0, limit))).fetchall()
-            keys = [SessionKey(*row) for row in found]
-            for key in keys:
-                _delete(writer, key)
-        for key in keys:
+            gone = [key for key in keys if _delete(writer, key, until)]
+        for key in gone:
             self._verify.forget(key)
-        if keys:
-            self._truncate_log(f"{len(keys)} idle sessions are deleted")
-        return len(keys)
+        if gone:
+            self._truncate_log(f"{len(gone)} idle sessions are deleted")
+        return gone
 
     def reencrypt(self, batch: int = 100) -> int:
         done = last = 0
@@ -193,6 +205,25 @@ class SQLiteStore:
             self._truncate_log("everything is encrypted with the new key")
         return done
 
+    def backup(self, target: Path) -> None:
+        """Copy the store as of one moment into a new file, 0600, beside running commits.
+
+        Raises:
+            StoreUnavailable: the file exists or cannot be written; what was written of it is removed.
+        """
+        try:
+            os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise StoreUnavailable(f"cannot create {target}: {error.strerror}. Name a new file") from error
+        try:
+            with translated(target, "write"), self._reader() as reader:
+                reader.execute("VACUUM INTO ?", (str(target.absolute()),))
+            with target.open("rb") as written:
+                os.fsync(written.fileno())
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
     def close(self) -> None:
         with self._write_lock, self._readers_lock:
             self._closed = True
@@ -210,7 +241,7 @@ class SQLiteStore:
         used: Any = writer.execute(sqlite_schema.USAGE, name[:1]).fetchone()
         view = View(head, {version: (request_id, size) for version, request_id, size in kept})
         try:
-            change = decide(record, expect, len(blob), view, Usage(*used or ()), self._quota, self._keep)
+            change = decide(record, expect, len(blob), view, Usage(*used or ()), self.quota, self.keep)
         except StoreError as error:
             return error
         if change is None:
@@ -340,14 +371,14 @@ class SQLiteStore:
                 reader.close()
 
 
-def _delete(writer: apsw.Connection, key: SessionKey) -> bool:
-    """Delete a session inside the open transaction; whether it existed."""
+def _delete(writer: apsw.Connection, key: SessionKey, until: float = math.inf) -> bool:
+    """Delete a session inside the open transaction, unless it was updated after ``until``; whether it did."""
     name = (key.tenant, key.session)
+    if not writer.execute(sqlite_schema.IDLE_SINCE, (*name, until)).fetchone():
+        return False
     kept: Any = writer.execute(sqlite_schema.KEPT, name).fetchall()
     writer.execute("DELETE FROM versions WHERE tenant = ? AND session = ?", name)
     writer.execute("DELETE FROM sessions WHERE tenant = ? AND session = ?", name)
-    if not writer.changes():
-        return False
     writer.execute(sqlite_schema.ADD_USAGE, (key.tenant, -1, -sum(size for _, _, size in kept)))
     writer.execute(sqlite_schema.DROP_USAGE, (key.tenant,))
     return True

@@ -96,6 +96,8 @@ NEW_USAGE = "INSERT INTO tenants (tenant, sessions, bytes) VALUES (?, 0, 0) ON C
 ADD_USAGE = "UPDATE tenants SET sessions = sessions + ?2, bytes = bytes + ?3 WHERE tenant = ?1"
 DROP_USAGE = "DELETE FROM tenants WHERE tenant = ? AND sessions = 0"
 IDLE = "SELECT tenant, session FROM sessions WHERE updated_at <= ? ORDER BY updated_at LIMIT ?"
+IDLE_SINCE = "SELECT 1 FROM sessions WHERE tenant = ? AND session = ? AND updated_at <= ?"
+TENANTS = "SELECT tenant FROM tenants WHERE tenant > ? ORDER BY tenant LIMIT ?"
 _INFO = "v.version, v.incarnation, v.created_at, v.updated_at, v.tokens, v.windows, v.bytes"
 LIST = f"""
     SELECT h.session, {_INFO}

@@ -15,9 +15,10 @@ Options of every store:
     key_env=NAME         encrypt: the same from an environment variable
     accept_plain=1       with a key: also read unencrypted records, until ``reencrypt`` has run
 
-PostgreSQL: ``statement_timeout=10`` (seconds), ``retry=5`` (seconds); every other option goes to libpq, for example
-``sslmode=verify-full``. Redis: ``durability=bounded`` accepts a server that may lose acknowledged commits,
-``namespace=deltamem``, ``timeout=5``, ``retry=5`` (seconds); others go to redis-py, for example ``ssl_ca_certs``.
+PostgreSQL and Redis: ``lease=15``, how long a server may write a session without saying again that it does (seconds;
+0: no leases), ``retry=5`` (seconds). PostgreSQL: ``statement_timeout=10`` (seconds); every other option goes to libpq,
+for example ``sslmode=verify-full``. Redis: ``durability=bounded`` accepts a server that may lose acknowledged commits,
+``namespace=deltamem``, ``timeout=5`` (seconds); others go to redis-py, for example ``ssl_ca_certs``.
 
     postgresql://me@db/deltamem?sslmode=verify-full&keep=8&max_sessions=10000&key_file=/run/secrets/deltamem
 
@@ -39,8 +40,8 @@ from deltamem_vllm.store.sqlite import SQLiteStore
 
 _FORMS = "sqlite:////absolute/path.db, sqlite:///relative/path.db, memory://, postgresql://…, redis://…"
 _COMMON = ("keep", "max_sessions", "max_bytes", "key_file", "key_env", "accept_plain")
-_POSTGRES = {"statement_timeout": "statement_seconds", "retry": "retry_seconds"}
-_REDIS = {"timeout": "timeout_seconds", "retry": "retry_seconds"}
+_POSTGRES = {"statement_timeout": "statement_seconds", "retry": "retry_seconds", "lease": "lease_seconds"}
+_REDIS = {"timeout": "timeout_seconds", "retry": "retry_seconds", "lease": "lease_seconds"}
 
 
 def default_url() -> str:
@@ -49,6 +50,12 @@ def default_url() -> str:
     configured = os.environ.get("XDG_DATA_HOME", "")
     data = Path(configured) if Path(configured).is_absolute() else Path.home() / ".local" / "share"
     return f"sqlite:///{data / 'deltamem' / 'sessions.db'}"
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file that a URL of SQLite's names; None for other stores."""
+    scheme, _, rest = url.partition("://")
+    return Path(rest.partition("?")[0][1:]) if scheme.lower() == "sqlite" else None
 
 
 def open_store(url: str) -> StateStore:
@@ -155,8 +162,11 @@ def _seconds(name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0.01 <= value <= 3600:
+        value = -1.0
+    if name == "lease":  # a shorter one would end whenever a server is slow
+        if value != 0 and not 1 <= value <= 3600:
+            raise ConfigError(f"store option lease={text[:32]!r}: it must be seconds from 1 to 3600, or 0 for none")
+    elif not 0.01 <= value <= 3600:
         raise ConfigError(f"store option {name}={text[:32]!r}: it must be seconds from 0.01 to 3600")
     return value
 

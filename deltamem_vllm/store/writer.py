@@ -1,5 +1,6 @@
 """The one thread that commits: what arrives while a transaction is being synced becomes the next group."""
 
+import logging
 import threading
 import time
 from collections import deque
@@ -29,6 +30,8 @@ class WriterStats:
     pending: int = 0
 
 
+logger = logging.getLogger("vllm.deltamem")
+
 _Item = tuple[Record, Expect | None, "Future[None]"]
 
 
@@ -52,7 +55,8 @@ class CommitWriter:
         self._batch: list[_Item] = []
         self._changed = threading.Condition()
         self._closing = False
-        self._crash: BaseException | None = None
+        self._bugs = 0
+        self._why = ""
         self._stats = WriterStats()
         self._thread = threading.Thread(target=self._run, name="deltamem-commit", daemon=True)
         self._thread.start()
@@ -71,12 +75,10 @@ class CommitWriter:
             have raised. A future that is cancelled before its group starts is not committed.
 
         Raises:
-            StoreUnavailable: the writer is closed or has crashed, or ``max_pending`` records wait.
+            StoreUnavailable: the writer is closed, or ``max_pending`` records wait.
         """
         future: Future[None] = Future()
         with self._changed:
-            if self._crash is not None:
-                raise StoreUnavailable(f"the commit thread has crashed ({self._crash!r}). Restart the server")
             if self._closing:
                 raise StoreUnavailable("the commit writer is closed")
             if len(self._queue) >= self._max_pending:
@@ -100,7 +102,7 @@ class CommitWriter:
             self._changed.notify()
         self._thread.join(timeout)
         if not self._thread.is_alive():
-            return self._crash is None
+            return True
         with self._changed:
             left = list(self._queue)
             self._queue.clear()
@@ -108,16 +110,8 @@ class CommitWriter:
         return False
 
     def _run(self) -> None:
-        try:
-            while self._take():
-                self._answer(self._commit([(record, expect) for record, expect, _ in self._batch]))
-        except BaseException as error:
-            with self._changed:
-                self._crash = error
-                left = [*self._batch, *self._queue]
-                self._batch = []
-                self._queue.clear()
-            self._fail(left, StoreUnavailable(f"the commit thread has crashed: {error!r}. Its outcome is unknown"))
+        while self._take():
+            self._answer(self._commit([(record, expect) for record, expect, _ in self._batch]))
 
     def _take(self) -> bool:
         """Wait for work and move up to ``max_batch`` records from the queue to the batch; False: closed and
@@ -136,12 +130,11 @@ class CommitWriter:
 
     def _commit(self, puts: list[Put]) -> Outcomes:
         start = time.monotonic()
-        try:
-            outcomes = self._store.put_many(puts)
-        except StoreError as error:  # against the protocol, but its meaning is clear
-            outcomes = [error] * len(puts)
-        if len(outcomes) != len(puts):
-            raise RuntimeError(f"the store answered {len(outcomes)} of {len(puts)} commits")
+        outcomes = self._put(puts)
+        if outcomes is None and len(puts) > 1:  # one of them may be what the store stumbles over: spare the others
+            outcomes = [outcome for put in puts for outcome in self._put([put]) or [self._unknown()]]
+        elif outcomes is None:
+            outcomes = [self._unknown()]
         failures = sum(outcome is not None for outcome in outcomes)
         with self._changed:
             self._stats = replace(
@@ -152,6 +145,29 @@ class CommitWriter:
                 seconds=self._stats.seconds + time.monotonic() - start,
             )
         return outcomes
+
+    def _put(self, puts: list[Put]) -> Outcomes | None:
+        """What the store answers; None where a bug of its own kept it from answering. The thread must survive that:
+        with it would end every commit of the process."""
+        try:
+            outcomes = self._store.put_many(puts)
+            if len(outcomes) != len(puts):
+                raise RuntimeError(f"the store answered {len(outcomes)} of {len(puts)} commits")
+        except StoreError as error:  # against the protocol, but its meaning is clear
+            return [error] * len(puts)
+        except BaseException as error:
+            self._bugs += 1
+            if self._bugs & (self._bugs - 1) == 0:  # the 1st, 2nd, 4th, …: it may come again every second
+                logger.exception("a bug in the store: %d group(s) of commits have failed by it so far", self._bugs)
+            self._why = f"{type(error).__name__}: {error}"
+            return None
+        return outcomes
+
+    def _unknown(self) -> StoreError:
+        return StoreUnavailable(
+            f"a bug in the store ({self._why}): whether the commit was applied is not known; it is sent again. The log "
+            "has the traceback: report it"
+        )
 
     def _answer(self, outcomes: Outcomes) -> None:
         for outcome in outcomes:

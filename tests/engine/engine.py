@@ -13,21 +13,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltamem_vllm.server.scope import TENANT
+from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.store.codec import encode
 from deltamem_vllm.store.protocol import Record, SessionKey
 from deltamem_vllm.store.url import open_store
 from tests.engine.asking import Ask, Reply
 from tests.engine.measured import note_start
+
+if TYPE_CHECKING:
+    from tests.engine.stepping import Aborted
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 280.0
@@ -55,6 +58,7 @@ class Setup:
         slots: size of the session pool.
         env: environment variables.
         path: folders put before all others on ``PYTHONPATH``.
+        stepped: the engine's core is in the same process and stepped by hand; requests run one after the other.
     """
 
     model: Path
@@ -63,6 +67,7 @@ class Setup:
     slots: int = 64
     env: Mapping[str, str] = field(default_factory=dict)
     path: tuple[str, ...] = ()
+    stepped: bool = False
 
 
 class EngineError(AssertionError):
@@ -107,6 +112,19 @@ class Engine:
         replies: list[Reply] = self._call(CALL_SECONDS, "run", asks)
         return replies
 
+    def run_in_step(self, *asks: Ask) -> list[Reply]:
+        """Run requests in one batch that the engine begins only when it has all of them.
+
+        Which requests share a step, and so how sums are rounded, is then the same each time.
+        """
+        replies: list[Reply] = self._call(CALL_SECONDS, "run_in_step", asks)
+        return replies
+
+    def abort(self, ask: Ask, after: int, stop: Sequence[str] = ()) -> Aborted:
+        """Begin a request and abort it after so many steps of a ``stepped`` engine."""
+        aborted: Aborted = self._call(CALL_SECONDS, "abort", ask, after, list(stop))
+        return aborted
+
     def one(self, ask: Ask) -> Reply:
         """Run one request alone."""
         return self.run(ask)[0]
@@ -136,13 +154,27 @@ class Engine:
         """Graphs that torch.compile has traced in the first worker; needs `ASK_INSIDE` in the environment."""
         return int(self._call(CALL_SECONDS, "compiled_graphs"))
 
-    def record(self, session: str) -> Record | None:
-        """A session's committed record, read from the store's file by this process."""
+    def pool_states(self) -> list[bytes]:
+        """Per slot of the first worker's session pool, its bytes; needs `ASK_INSIDE` in the environment."""
+        states: list[bytes] = self._call(CALL_SECONDS, "pool_states")
+        return states
+
+    def plant(self, bug: str) -> None:
+        """Plant a bug in the session pools (see `tests.engine.inside.plant`; needs `ASK_INSIDE`), or in a ``stepped``
+        engine (see `tests.engine.stepping`)."""
+        self._call(CALL_SECONDS, "plant", bug)
+
+    def records(self, sessions: Iterable[str]) -> list[Record | None]:
+        """Committed records, read from the store's file by this process."""
         store = open_store(self._store_url)
         try:
-            return store.get(SessionKey(TENANT, session))
+            return [store.get(SessionKey(DEFAULT_TENANT, session)) for session in sessions]
         finally:
             store.close()
+
+    def record(self, session: str) -> Record | None:
+        """A session's committed record, or None."""
+        return self.records([session])[0]
 
     def record_bytes(self, session: str) -> bytes:
         """The committed record as it is stored."""

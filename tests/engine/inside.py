@@ -10,3 +10,38 @@ def compiled_graphs(worker: Any) -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
+
+
+def pool_states(worker: Any) -> list[bytes]:
+    """Per slot of the session pool, what lies in it."""
+    return [state.numpy().tobytes() for state in _pool(worker).states.cpu()]
+
+
+def plant(worker: Any, bug: str) -> None:
+    """PLANTED BUGS in the session pool, until ``none`` removes them: a suite that does not see them shows nothing.
+
+    ``neighbour``: requests are given the state of the slot beside theirs. ``no-zero``: freed slots keep their bytes.
+    """
+    pool = _pool(worker)
+    kind = type(pool)
+    vars(pool).pop("zero", None)
+    vars(pool).pop("_seed", None)
+    if bug == "no-zero":
+        pool.zero = lambda places: None
+    elif bug == "neighbour":
+
+        def seed(seeds: Any) -> Any:
+            pool.states = pool.states.roll(1, 0)
+            try:
+                return kind._seed(pool, seeds)
+            finally:
+                pool.states = pool.states.roll(-1, 0)
+
+        pool._seed = seed
+
+
+def _pool(worker: Any) -> Any:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    group: Any = get_kv_transfer_group()
+    return group._worker._pool

@@ -12,7 +12,8 @@ from typing import Any
 
 from tests.engine.asking import Ask, Reply, Top
 from tests.engine.engine import Setup
-from tests.engine.inside import compiled_graphs
+from tests.engine.inside import compiled_graphs, plant, pool_states
+from tests.engine.stepping import Aborted, Stepped, stepped
 
 TOP = 20
 
@@ -22,6 +23,7 @@ class Served:
 
     session_llm: Any = None
     llm: Any = None
+    stepped: Stepped | None = None
 
     def start(self, setup: Setup, options: Mapping[str, Any], store: str) -> None:
         """Start the engine."""
@@ -32,26 +34,37 @@ class Served:
             return
         from deltamem_vllm.offline import SessionLLM
 
-        self.session_llm = SessionLLM(
-            str(setup.model), adapter=str(setup.adapter), store=store, session_slots=setup.slots, **options
-        )
+        def make() -> SessionLLM:
+            return SessionLLM(
+                str(setup.model), adapter=str(setup.adapter), store=store, session_slots=setup.slots, **options
+            )
+
+        self.session_llm = stepped(make) if setup.stepped else make()
         self.llm = self.session_llm.llm
+        if setup.stepped:
+            self.stepped = Stepped(self.session_llm)
+
+    def run_in_step(self, asks: Sequence[Ask]) -> list[Reply]:
+        """See `Engine.run_in_step`."""
+        generate = self.llm.generate
+
+        def paused(prompts: Any, params: Any, use_tqdm: bool) -> Any:
+            self.llm.sleep(level=0, mode="keep")
+            self.llm.enqueue(prompts, params, use_tqdm=use_tqdm)
+            self.llm.wake_up(["scheduling"])
+            return self.llm.wait_for_completion(use_tqdm=use_tqdm)
+
+        self.llm.generate = paused
+        try:
+            return self.run(asks)
+        finally:
+            self.llm.generate = generate
 
     def run(self, asks: Sequence[Ask]) -> list[Reply]:
         """Run a batch."""
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                max_tokens=ask.n,
-                temperature=0.0,
-                ignore_eos=True,
-                logprobs=TOP,
-                prompt_logprobs=TOP if ask.prompt_logprobs else None,
-                detokenize=False,
-            )
-            for ask in asks
-        ]
+        params = [_params(ask) for ask in asks]
+        if self.stepped is not None:
+            return [_reply(*self.stepped.turn(ask, p)) for ask, p in zip(asks, params, strict=True)]
         if self.session_llm is None:
             prompts = [{"prompt_token_ids": list(ask.ids)} for ask in asks]
             return [_reply(output, {}) for output in self.llm.generate(prompts, params, use_tqdm=False)]
@@ -59,6 +72,11 @@ class Served:
 
         turns = [Turn(ask.ids, ask.session, ask.mode, p) for ask, p in zip(asks, params, strict=True)]
         return [_reply(answer.output, answer.outcome) for answer in self.session_llm.run(turns)]
+
+    def abort(self, ask: Ask, after: int, stop: list[str]) -> Aborted:
+        """See `Engine.abort`."""
+        assert self.stepped is not None
+        return self.stepped.abort(ask, _params(ask, stop), after)
 
     def info(self, session: str) -> Any:
         """`SessionLLM.info`."""
@@ -84,12 +102,37 @@ class Served:
         """See `Engine.compiled_graphs`."""
         return int(self.llm.collective_rpc(compiled_graphs)[0])
 
+    def pool_states(self) -> list[bytes]:
+        """See `Engine.pool_states`."""
+        return list(self.llm.collective_rpc(pool_states)[0])
+
+    def plant(self, bug: str) -> None:
+        """See `Engine.plant`."""
+        if self.stepped is not None:
+            self.stepped.plant(bug)
+            return
+        self.llm.collective_rpc(plant, args=(bug,))
+
     def stop(self) -> None:
         """Shut the engine down."""
         if self.session_llm is not None:
             self.session_llm.close()
         elif self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
+
+
+def _params(ask: Ask, stop: Sequence[str] = ()) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=ask.n,
+        temperature=0.0,
+        ignore_eos=True,
+        logprobs=TOP,
+        prompt_logprobs=TOP if ask.prompt_logprobs else None,
+        detokenize=bool(stop),
+        stop=list(stop),
+    )
 
 
 def _reply(output: Any, outcome: dict[str, Any]) -> Reply:

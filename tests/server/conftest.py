@@ -18,7 +18,9 @@ HERE = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rs
 """Environment of a server that is to run this checkout."""
 FLAGS = (
     "--dtype float32 --block-size 32 --max-model-len 1024 --enforce-eager --served-model-name m --max-logprobs 20 "
-    f"--api-key {API_KEY} --deltamem-queue-depth 2 --deltamem-queue-seconds 30"
+    f"--api-key {API_KEY} --deltamem-queue-depth 2 --deltamem-queue-seconds 30 "
+    "--enable-auto-tool-choice --tool-call-parser pythonic "
+    '--structured-outputs-config {"backend":"xgrammar","disable_any_whitespace":true}'  # else a random model pads JSON
 ).split()
 
 

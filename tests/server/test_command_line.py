@@ -88,6 +88,20 @@ def test_flags_become_settings_in_every_spelling() -> None:
         assert Path(settings.control).is_dir()
 
 
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        ([], 0),
+        (["--deltamem-durability", "sync"], 0),
+        (["--deltamem-durability", "write-behind"], 15),
+        (["--deltamem-durability", "write-behind", "--shutdown-timeout", "40"], 40),
+        (["--shutdown-timeout", "40"], 40),
+    ],
+)
+def test_write_behind_gives_the_engine_time_to_save(options: list[str], seconds: int) -> None:
+    assert parse(*plugin(*options)).shutdown_timeout == seconds
+
+
 def test_a_yaml_file_is_a_command_line(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(

@@ -28,6 +28,11 @@ def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "session_header": "X-Session-ID",
         "queue_depth": 8,
         "queue_seconds": 30.0,
+        "durability": "sync",
+        "write_behind_seconds": 1.0,
+        "write_behind_versions": 1024,
+        "host_bytes": 256 << 20,
+        "ttl": 0.0,
         "kernel": "auto",
         "key_file": "",
         "open": False,
@@ -54,6 +59,21 @@ def test_zero_is_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve({"adapter": "a", "store": "memory://", "queue_depth": 0}).queue_depth == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("1048576", 1 << 20), ("256MiB", 256 << 20), ("1.5GiB", 3 << 29), ("2GB", 2 * 10**9)]
+)
+def test_sizes_may_have_units(text: str, size: int) -> None:
+    settings = resolve({"adapter": "a", "store": "memory://", "host_bytes": text})
+    assert settings.host_bytes == size
+    assert Settings(**settings.model_dump()) == settings, "as it travels to the other processes"
+
+
+def test_write_behind_is_off_unless_asked_for() -> None:
+    given = {"adapter": "a", "store": "memory://", "write_behind_versions": 7}
+    assert resolve(given).write_behind is None
+    assert resolve({**given, "durability": "write-behind"}).write_behind == (1.0, 7)
+
+
 def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
@@ -76,6 +96,14 @@ def test_no_adapter(given: dict[str, Any]) -> None:
         ("queue_depth", -1, "--deltamem-queue-depth: .*given: -1"),
         ("queue_seconds", 0, "--deltamem-queue-seconds: .*greater than 0"),
         ("queue_seconds", "nan", "--deltamem-queue-seconds"),
+        ("durability", "async", "--deltamem-durability: .*'sync' or 'write-behind'.*given: 'async'"),
+        ("write_behind_seconds", 0, "--deltamem-write-behind-seconds: .*greater than 0"),
+        ("write_behind_versions", 0, "--deltamem-write-behind-versions: .*greater than or equal to 1"),
+        ("host_bytes", "1000", "--deltamem-host-bytes: .*greater than or equal to 1048576"),
+        ("host_bytes", "much", "--deltamem-host-bytes: .*given: 'much'"),
+        ("ttl", 0.5, "--deltamem-ttl: .*1 second at least.*given: 0.5"),
+        ("ttl", -1, "--deltamem-ttl: .*greater than or equal to 0"),
+        ("ttl", "nan", "--deltamem-ttl"),
         ("kernel", "fast", "--deltamem-kernel: .*'auto', 'native' or 'torch'.*given: 'fast'"),
         ("session_header", "", "--deltamem-session-header"),
         ("session_header", "X Session", "--deltamem-session-header: .*no HTTP header name"),

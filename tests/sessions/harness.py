@@ -53,22 +53,47 @@ def make_service(store: str | StateStore = "memory://", **options: Any) -> Sessi
         service_module.open_store = opened
 
 
-def drive(service: SessionService, scenario: Callable[[SessionService], Awaitable[T]]) -> T:
+def drive(service: SessionService, scenario: Callable[[SessionService], Awaitable[T]], seconds: float = 30) -> T:
     """Run a coroutine on the service's own event loop, as its control server would, and close the service."""
     done: Future[T] = Future()
 
     async def run(started: SessionService) -> None:
         try:
-            done.set_result(await asyncio.wait_for(scenario(started), 30))
+            done.set_result(await asyncio.wait_for(scenario(started), seconds))
         except BaseException as e:
             done.set_exception(e)
         await asyncio.Event().wait()
 
     service.start(run)
     try:
-        return done.result(40)
+        return done.result(seconds + 10)
     finally:
         service.close()
+
+
+Scenario = Callable[[SessionService, SessionService], Awaitable[None]]
+
+
+def drive_services(first: SessionService, second: SessionService, scenario: Scenario) -> None:
+    """Run a scenario on two services, as two servers have; both have an event loop and a thread of their own."""
+
+    async def outer(first: SessionService) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def inner(second: SessionService) -> None:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(meet(second), loop))
+
+        async def meet(second: SessionService) -> None:
+            await scenario(first, second)
+
+        await asyncio.to_thread(drive, second, inner)
+
+    drive(first, outer)
+
+
+def on(service: SessionService, coroutine: Any) -> "asyncio.Future[Any]":
+    """Run a coroutine on a service's own loop."""
+    return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, service._loop))
 
 
 @contextmanager

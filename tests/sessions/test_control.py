@@ -5,6 +5,7 @@ import random
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,23 @@ def test_only_the_servers_user_reaches_the_socket(tmp_path: Path) -> None:
         assert resolve({"adapter": "x", "store": "memory://"}).with_control().control != settings.control
     finally:
         shutil.rmtree(settings.control)
+
+
+def test_a_question_to_an_engine_that_has_ended_fails_soon(tmp_path: Path) -> None:
+    """Its socket is gone without a word, and an admission may wait for the better part of a minute."""
+    ended = False
+
+    async def ask() -> float:
+        nonlocal ended
+        client = ControlClient(f"ipc://{tmp_path}/nobody", lambda: ended)
+        waiting = asyncio.ensure_future(client.ask("admit", timeout=600))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        ended, begun = True, time.monotonic()
+        with pytest.raises(CapacityError, match="the engine has ended") as refused:
+            await waiting
+        assert refused.value.status == 503
+        client.close()
+        return time.monotonic() - begun
+
+    assert asyncio.run(ask()) < 60

@@ -1,11 +1,12 @@
 """Who owns a session, who waits, who is told to come back; and what the directory forgets."""
 
 import asyncio
+import time
 
 import pytest
 
 from deltamem_vllm.errors import CapacityError
-from deltamem_vllm.sessions.directory import Directory, Session
+from deltamem_vllm.sessions.directory import SESSION_BYTES, Directory, Session, Unsaved, size_of
 from deltamem_vllm.store.protocol import SessionKey
 from tests.store.records import record
 
@@ -150,20 +151,78 @@ def test_owned_keeps_on_success_and_releases_on_error() -> None:
     asyncio.run(scenario())
 
 
-def test_trim_drops_idle_sessions_oldest_first_and_no_others() -> None:
+ONE = SESSION_BYTES + size_of(record())
+
+
+def known(directory: Directory) -> set[str]:
+    return {key.session for key in directory._sessions}
+
+
+def test_idle_sessions_are_dropped_oldest_first_and_no_others() -> None:
     async def scenario() -> None:
-        one = record().base.nbytes + record().end.nbytes
-        directory = Directory(budget=2 * one)
-        keys = [SessionKey("tenant", f"{i}") for i in range(6)]
-        for key in keys:
+        directory = Directory(budget=6 * ONE)
+        keys = [SessionKey("tenant", f"{i}") for i in range(10)]
+        for key in keys[:6]:
             directory.get(key).set_record(record(key=key))
-        await directory.get(keys[0]).acquire("writer", 8, 5)  # now the most recently used, and busy
-        directory.get(keys[1])
-        await directory.get(keys[2]).acquire("writer", 8, 5)
-        for _ in range(256):
-            directory.trim()
-        # By use: 3, 4, 5, 0, 1, 2. Four of them had to go; 0 and 2 are owned.
-        assert [k.session for k in directory._sessions] == ["0", "2"]
+        assert known(directory) == set("012345")
+        await directory.get(keys[0]).acquire("writer", 8, 5)
+        directory.get(keys[2]).unsaved.append(Unsaved(record(key=keys[2]), None))
+        directory.get(keys[1])  # by use: 3, 4, 5, 0, 2, 1; 0 is owned, 2 waits for the store
+        for key in keys[6:]:
+            directory.get(key).set_record(record(key=key))
+            assert directory.used <= directory.budget
+        assert known(directory) == set("026789")
+        directory.get(keys[0]).release("writer")
+        directory.get(keys[2]).unsaved.clear()
+        for key in keys[3:6]:
+            directory.get(key)
+        assert directory.find(keys[9]) is not None
+        assert directory.used <= directory.budget
+
+    asyncio.run(scenario())
+
+
+def test_the_budget_counts_what_comes_and_what_goes() -> None:
+    directory = Directory(budget=100 * ONE)
+    sessions = [directory.get(SessionKey("tenant", f"{i}")) for i in range(5)]
+    assert directory.used == 5 * SESSION_BYTES
+    for session in sessions:
+        session.set_record(record(key=session.key))
+    assert directory.used == 5 * ONE
+    sessions[0].set_record(record(2, key=sessions[0].key))
+    assert directory.used == 5 * ONE, "a new version takes the place of the one before"
+    sessions[1].forget()
+    sessions[2].erase()
+    directory.drop(sessions[3])
+    assert directory.used == 2 * SESSION_BYTES + 2 * ONE
+    sessions[3].set_record(record())
+    assert directory.used == 2 * SESSION_BYTES + 2 * ONE, "one that is known no more counts no more"
+
+
+def test_what_was_just_asked_for_stays() -> None:
+    """Were it dropped before its caller owns it, the next to ask would own another one of the same name."""
+
+    async def scenario() -> None:
+        directory = Directory(budget=1)
+        for i in range(5):
+            await directory.get(SessionKey("tenant", f"busy{i}")).acquire("writer", 8, 5)
+        session = directory.get(KEY)
+        assert directory.find(KEY) is session
+        assert directory.get(KEY) is session
+
+    asyncio.run(scenario())
+
+
+def test_many_sessions_in_use_are_passed_over_a_few_at_a_time() -> None:
+    async def scenario() -> None:
+        directory = Directory(budget=10 * ONE)
+        for i in range(1000):
+            await directory.get(SessionKey("tenant", f"busy{i}")).acquire("writer", 8, 5)
+        start = time.perf_counter()
+        for i in range(2000):
+            directory.get(SessionKey("tenant", f"idle{i}")).set_record(record())
+        assert time.perf_counter() - start < 20, "each look must cost the same, however many are in use"
+        assert len(directory) < 1200, "what is idle goes, behind whatever it stands"
 
     asyncio.run(scenario())
 

@@ -65,9 +65,9 @@ class Client:
 
 
 @contextlib.contextmanager
-def child(store: Path, folder: str, bug: str) -> Iterator["subprocess.Popen[bytes]"]:
+def child(store: Path, folder: str, bug: str, *behind: str) -> Iterator["subprocess.Popen[bytes]"]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.sessions.committing", f"sqlite:///{store}", folder, bug]
+    command = [sys.executable, "-m", "tests.sessions.committing", f"sqlite:///{store}", folder, bug, *behind]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env, cwd=ROOT)
     try:
         assert process.stdout is not None

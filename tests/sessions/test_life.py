@@ -9,7 +9,7 @@ import pytest
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.sessions.windows import WRITE_ALL
 from deltamem_vllm.store.protocol import Expect
-from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, run, turn
+from tests.sessions.harness import admit, drive, end_of, make_service, memory, run, turn
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -73,20 +73,6 @@ def test_a_control_server_that_cannot_start_is_said_at_start() -> None:
 
     with pytest.raises(OSError, match="Address already in use"):
         service.start(broken)
-
-
-def test_the_directory_does_not_grow_by_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltamem_vllm.sessions import directory
-
-    monkeypatch.setattr(directory, "MAX_SESSIONS", 100)
-
-    async def scenario(service: SessionService) -> None:
-        for i in range(1000):
-            await service.info(key(f"a{i}"))
-            await service.delete(key(f"b{i}"))
-        assert len(service.directory) < 500
-
-    drive(make_service(), scenario)
 
 
 def test_unlimited_writes_are_the_plans_default() -> None:

@@ -1,40 +1,18 @@
 """Two servers on one store: a session moves between them, and a race is decided by its version."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from deltamem_vllm.sessions.service import SessionService
-from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, run, turn
-
-Scenario = Callable[[SessionService, SessionService], Awaitable[None]]
+from tests.sessions.harness import Scenario, admit, drive_services, end_of, key, make_service, memory, on, run, turn
 
 
 def drive_two(folder: Path, scenario: Scenario) -> None:
-    """Run a scenario on two services of one SQLite file; both have an event loop and a thread of their own."""
+    """Run a scenario on two services of one SQLite file."""
     url = f"sqlite:///{folder}/s.db"
-
-    async def outer(first: SessionService) -> None:
-        loop = asyncio.get_running_loop()
-
-        async def inner(second: SessionService) -> None:
-            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(meet(second), loop))
-
-        async def meet(second: SessionService) -> None:
-            await scenario(first, second)
-
-        await asyncio.to_thread(drive, make_service(url), inner)
-
-    drive(make_service(url), outer)
-
-
-def on(service: SessionService, coroutine: Any) -> Awaitable[Any]:
-    """Run a coroutine on a service's own loop."""
-    return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, service._loop))
+    drive_services(make_service(url), make_service(url), scenario)
 
 
 def test_a_session_moves_between_servers(tmp_path: Path) -> None:

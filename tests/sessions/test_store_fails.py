@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from deltamem_vllm.errors import CapacityError, CorruptRecord, StaleVersion, Sto
 from deltamem_vllm.sessions import commits
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.memory import MemoryStore
-from deltamem_vllm.store.protocol import Outcomes, Put, Record
-from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, turn
+from deltamem_vllm.store.protocol import Listing, Outcomes, Put, Record
+from tests.sessions.harness import SHAPE, admit, drive, end_of, key, make_service, memory, run, turn
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -121,7 +122,10 @@ def test_another_writer_meanwhile_is_a_conflict_that_is_said(caplog: pytest.LogC
         with caplog.at_level(logging.ERROR, "vllm.deltamem"):
             await service.commits.save_waiting()
         assert "1 version(s) of a session are lost" in caplog.text
-        assert service.commits.unsaved == 0
+        assert (service.commits.unsaved, service.commits.lost) == (0, 1)
+        found = await service.info(key("s"))
+        assert found is not None
+        assert (found["version"], found["lost"], found["durable"]) == (2, 1, True)
         assert (await turn(service, "s", [3], [0]))["version"] == 3, "it goes on from what the store has"
 
     drive(make_service(store), scenario)
@@ -189,15 +193,128 @@ def test_a_store_that_cannot_be_read_refuses_and_frees_the_session(error: Except
     drive(make_service(store), scenario)
 
 
-def test_a_commit_thread_that_crashed_is_an_outcome() -> None:
+@pytest.mark.parametrize("bug", ["raises", "answers too little"])
+def test_a_bug_in_the_store_costs_its_commits_an_outcome_and_nobody_the_rest(
+    bug: str, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken(MemoryStore):
+        """PLANTED BUG: stumbles over one session."""
+
+        broken = True
+
         def put_many(self, puts: Sequence[Put]) -> Outcomes:
-            return []
+            if self.broken and any(record.key.session == "poison" for record, _ in puts):
+                if bug == "raises":
+                    raise ZeroDivisionError("a bug")
+                return []
+            return super().put_many(puts)
+
+    store = Broken()
 
     async def scenario(service: SessionService) -> None:
-        for _ in range(2):
-            outcome = await turn(service, "s", [1], [0])
-            assert outcome["status"] == "degraded"
-            assert "crashed" in outcome["error"]
+        for number in range(3):
+            poison, *others = await asyncio.gather(
+                turn(service, "poison", [number], [0]), *(turn(service, f"s{i}", [number], [0]) for i in range(8))
+            )
+            assert (poison["status"], poison["version"]) == ("degraded", number + 1)
+            assert "a bug in the store" in poison["error"]
+            assert [(o["status"], o["version"]) for o in others] == [("committed", number + 1)] * 8
+        await service.commits.save_waiting()
+        assert service.commits.unsaved == 3
+        store.broken = False
+        await service.commits.save_waiting()
+        assert (service.commits.unsaved, service.commits.lost) == (0, 0)
+        np.testing.assert_array_equal(end_of(service, "poison"), memory(None, [0, 1, 2]))
 
-    drive(make_service(Broken()), scenario)
+    with caplog.at_level(logging.ERROR, "vllm.deltamem"):
+        drive(make_service(store), scenario)
+    assert "a bug in the store: 1 group(s)" in caplog.text
+
+
+def test_a_state_that_cannot_be_saved_takes_no_waiting_version_with_it() -> None:
+    store = Faulty()
+
+    async def scenario(service: SessionService) -> None:
+        store.put_error = StoreUnavailable("away")
+        assert (await turn(service, "s", [1], [0]))["status"] == "degraded"
+        granted = await admit(service, "s", [2])
+        service.claim(granted["ticket"])
+        service.commit(granted["ticket"], [2], np.full(SHAPE, np.nan, np.float32))
+        assert (await service.outcome(granted["ticket"]))["status"] == "failed"
+        store.put_error = None
+        await service.commits.save_waiting()
+        np.testing.assert_array_equal(end_of(service, "s"), memory(None, [1]))
+
+    drive(make_service(store), scenario)
+
+
+def test_deleting_what_only_this_process_has_is_a_deletion() -> None:
+    store = Faulty()
+
+    async def scenario(service: SessionService) -> None:
+        store.put_error = StoreUnavailable("away")
+        await turn(service, "s", [1], [0])
+        assert await service.delete(key("s"))
+        assert service.commits.unsaved == 0
+        assert await service.info(key("s")) is None
+        assert not await service.delete(key("s"))
+
+    drive(make_service(store), scenario)
+
+
+def test_a_reader_that_the_store_answers_late_does_not_take_the_session_back() -> None:
+    class Late(Faulty):
+        """Answers ``history`` as of when it was asked, when it is let."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked, self.answer = threading.Event(), threading.Event()
+            self.late = False
+
+        def history(self, wanted: Any, limit: int = 100) -> Listing:
+            found = super().history(wanted, limit)
+            if self.late:
+                self.late = False
+                self.asked.set()
+                assert self.answer.wait(20)
+            return found
+
+    store = Late()
+
+    async def scenario(service: SessionService) -> None:
+        await turn(service, "s", [1], [0])
+        granted = await admit(service, "s", [2])
+        store.late = True
+        reading = asyncio.create_task(service.info(key("s")))
+        await asyncio.to_thread(store.asked.wait, 20)
+        store.put_error = StoreUnavailable("away")
+        assert (await run(service, granted["ticket"], [2], [0]))["status"] == "degraded"
+        store.answer.set()
+        found = await reading
+        assert found is not None
+        assert found["version"] == 2, "what the reader was told is older than what the session has become"
+        store.put_error = None
+        assert (await turn(service, "s", [3], [0]))["version"] == 3
+        np.testing.assert_array_equal(end_of(service, "s"), memory(None, [1, 2, 3]))
+
+    drive(make_service(store), scenario)
+
+
+def test_an_outage_cannot_fill_the_memory() -> None:
+    store = Faulty()
+
+    async def scenario(service: SessionService) -> None:
+        store.put_error = StoreUnavailable("away")
+        answers = [
+            (await asyncio.gather(turn(service, f"s{i}", [i], [0]), return_exceptions=True))[0] for i in range(40)
+        ]
+        refused = [answer for answer in answers if isinstance(answer, CapacityError)]
+        assert {(error.status, "--deltamem-host-bytes" in str(error)) for error in refused} == {(503, True)}
+        degraded = [answer["status"] for answer in answers if isinstance(answer, dict)]
+        assert set(degraded) == {"degraded"}
+        assert service.commits.unsaved == len(degraded)
+        store.put_error = None
+        await service.commits.save_waiting()
+        assert (await turn(service, "one more", [1], [0]))["status"] == "committed"
+
+    drive(make_service(store, host_bytes=2000), scenario)

@@ -270,6 +270,9 @@ def a_closed_store_says_so(open_: Open) -> None:
         lambda: store.rollback(KEY, 1, record(1).expect, "r"),
         lambda: store.expire(1e9, 1.0),
         lambda: store.usage("tenant"),
+        lambda: store.tenants(),
+        lambda: store.idle(1e9),
+        lambda: store.delete_idle([KEY], 1e9),
         lambda: store.reencrypt(),
     ):
         with pytest.raises(StoreUnavailable, match="closed"):

@@ -149,6 +149,28 @@ def expires_idle_sessions(open_: Open) -> None:
     refused(store, record(3, SessionKey("a", "5")), record(2).expect)
 
 
+def deletes_only_what_is_still_idle(open_: Open) -> None:
+    store = open_()
+    keys = [SessionKey(tenant, f"{index}") for tenant in "ab" for index in range(3)]
+    for index, key in enumerate(keys):
+        store.put(record(1, key, updated_at=100.0 + index), None)
+    assert store.idle(102.0) == keys[:3], "the longest idle first"
+    assert store.idle(1e9, 2) == keys[:2]
+    assert store.idle(99.0) == store.idle(1e9, 0) == []
+    store.put(record(2, keys[1], updated_at=500.0), record(1).expect)  # written since it was listed
+    missing = SessionKey("a", "missing")
+    assert store.delete_idle([], 102.0) == []
+    assert sorted(store.delete_idle([*keys[:3], missing], 102.0)) == [keys[0], keys[2]]
+    assert [info.key for info in store.list("a")] == [keys[1]]
+    assert store.usage("a") == Usage(1, sum(info.bytes for info in store.history(keys[1])))
+    assert store.tenants() == ["a", "b"]
+    assert store.tenants(limit=1) == ["a"]
+    assert store.tenants("a") == ["b"]
+    assert store.tenants("b") == store.tenants(limit=0) == []
+    assert store.delete_idle(keys, 1e9) != []
+    assert store.tenants() == []
+
+
 def counts_what_a_tenant_uses(open_: Open) -> None:
     store = open_(keep=2)
     assert store.usage("tenant") == Usage()
@@ -216,6 +238,7 @@ CHECKS: list[Check] = [
     rolls_back_only_from_the_expected_version,
     history_belongs_to_one_life,
     expires_idle_sessions,
+    deletes_only_what_is_still_idle,
     counts_what_a_tenant_uses,
     enforces_quotas,
 ]

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(f"sqlite:///{tmp_path}/s.db?keep=2&max_sessions=3&max_bytes=1000000&key_env=KEYS")
     assert isinstance(store, SQLiteStore)
     assert isinstance(store.codec, SealedCodec)
-    assert (store._keep, store._quota) == (2, Quota(3, 1_000_000))
+    assert (store.keep, store.quota) == (2, Quota(3, 1_000_000))
     store.put(record(1), None)
     store.close()
     store = open_store(f"sqlite:///{tmp_path}/s.db")
@@ -90,10 +91,22 @@ def test_servers(postgres_url: str, redis_place: tuple[str, str]) -> None:
         f"{redis_place[0].replace('redis', 'valkey')}?namespace={redis_place[1]}x",
     ):
         store = open_store(url)
+        assert getattr(store, "leases", None), "15 seconds by default"
         store.put(record(1), None)
         assert store.get(KEY) is not None
         assert store.usage("tenant").sessions == 1
         store.close()
+
+
+def test_leases(postgres_url: str, redis_place: tuple[str, str]) -> None:
+    for place in (f"{postgres_url}?", f"{redis_place[0]}?namespace={redis_place[1]}&"):
+        for option, seconds in (("retry=1", 15.0), ("lease=2", 2.0), ("lease=0", None)):
+            store: Any = open_store(place + option)
+            assert (store.leases and store.leases.seconds) == seconds
+            store.close()
+        for wrong in ("0.5", "-1", "3601", "long"):
+            with pytest.raises(ConfigError, match=f"store option lease='{wrong}': it must be seconds from 1 to 3600"):
+                open_store(f"{place}lease={wrong}")
 
 
 @pytest.mark.parametrize(("scheme", "library"), [("postgresql", "psycopg"), ("rediss", "redis")])

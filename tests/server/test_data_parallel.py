@@ -1,0 +1,96 @@
+"""One server with two engines (data parallel) and two API processes: a session lives on one rank, always the same."""
+
+import re
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deltamem_vllm.demo.server import VllmServer
+from tests.server.conftest import FLAGS, HERE, MODEL
+from tests.server.streams import Stream, prompt
+from tests.server.talk import Talk, new_session, ok, outcome, refused
+
+pytestmark = pytest.mark.timeout(900)
+_SERVED = re.compile(r'^vllm:prompt_tokens_total\{.*engine="(\d)".*\} (\S+)$', re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def ranks(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    folder = tmp_path_factory.mktemp("ranks")
+    many = ("--data-parallel-size", "2", "--api-server-count", "2")
+    store = f"sqlite:///{folder}/sessions.db"
+    made = VllmServer(MODEL, adapter, store, *FLAGS, *many, env=HERE, log=folder / "log")
+    try:
+        made.start().wait_ready(600)  # six processes to start
+        yield made
+    finally:
+        made.kill()
+
+
+def prompts_by_rank(talk: Talk) -> list[int]:
+    """Prompt tokens that each engine has taken in so far."""
+    served = [0, 0]
+    for rank, tokens in _SERVED.findall(talk.get("/metrics").text):
+        served[int(rank)] += int(float(tokens))
+    return served
+
+
+def taken_in(talk: Talk, before: list[int], tokens: int) -> list[int]:
+    """What each engine took in since ``before``, once it is ``tokens`` together."""
+    end = time.monotonic() + 30
+    while True:
+        after = prompts_by_rank(talk)
+        new = [b - a for a, b in zip(before, after, strict=True)]
+        if sum(new) >= tokens or time.monotonic() > end:
+            return new
+        time.sleep(0.1)
+
+
+def test_a_session_stays_on_its_rank(ranks: VllmServer) -> None:
+    used = set()
+    with Talk(ranks.base_url) as talk:
+        for _ in range(6):
+            session = new_session()
+            before = prompts_by_rank(talk)
+            for version in range(1, 4):
+                with Talk(ranks.base_url) as fresh:  # a connection of its own: either API process may answer it
+                    assert outcome(fresh.complete(prompt(version), session, n=2)) == (
+                        session,
+                        f"{version}",
+                        "committed",
+                    )
+            new = taken_in(talk, before, 3 * len(prompt(1)))
+            rank = zlib.crc32(f"default/{session}".encode()) % 2
+            assert new[rank] == 3 * len(prompt(1)), f"{session} belongs to rank {rank}; the ranks took in {new}"
+            assert new[1 - rank] == 0, f"{session} belongs to rank {rank}; the ranks took in {new}"
+            used.add(rank)
+    assert used == {0, 1}, "all sessions of this test belong to one rank: choose other names"
+    assert "ApiServer_1" in ranks.log.read_text()
+
+
+def test_questions_reach_the_right_rank(ranks: VllmServer) -> None:
+    """Only the engine that serves a session knows that a request of it is running."""
+    of_rank: dict[int, str] = {}
+    while len(of_rank) < 2:
+        session = new_session()
+        of_rank.setdefault(zlib.crc32(f"default/{session}".encode()) % 2, session)
+    for session in of_rank.values():
+        with Talk(ranks.base_url) as talk:
+            ok(talk.complete(prompt(1), session, n=2))
+            stream = Stream(talk, prompt(2), session, 300).start_writing()
+            for _ in range(6):
+                with Talk(ranks.base_url) as fresh:
+                    info = ok(fresh.get(f"/v1/sessions/{session}"))
+                assert (info["version"], info["busy"]) == (1, True)
+            with Talk(ranks.base_url) as fresh:
+                ok(fresh.delete(f"/v1/sessions/{session}"))
+            assert stream.is_alive()
+            assert stream.finish()["x-deltamem-commit"] == "conflict"
+            for _ in range(4):
+                with Talk(ranks.base_url) as fresh:
+                    refused(fresh.get(f"/v1/sessions/{session}"), 404)
+            assert outcome(talk.complete(prompt(3), session, n=2)) == (session, "1", "committed")
+    assert ranks.healthy(), ranks.last_lines(40)

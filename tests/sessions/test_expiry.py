@@ -1,0 +1,161 @@
+"""Sessions expire: the idle ones, nothing that is in use, and nothing of them is left here."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deltamem_vllm.errors import StoreUnavailable
+from deltamem_vllm.sessions import expiry
+from deltamem_vllm.sessions.service import SessionService
+from deltamem_vllm.store.memory import MemoryStore
+from deltamem_vllm.store.protocol import Keys, Outcomes, Put, SessionKey
+from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, run, turn
+
+
+class Aged(MemoryStore):
+    """Stores everything as of ``age`` seconds ago; fails on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.age = 0.0
+        self.put_error: Exception | None = None
+        self.delete_error: Exception | None = None
+
+    def put_many(self, puts: Sequence[Put]) -> Outcomes:
+        if self.put_error is not None:
+            return [self.put_error] * len(puts)  # type: ignore[list-item]
+        return super().put_many([(dataclasses.replace(r, updated_at=r.updated_at - self.age), e) for r, e in puts])
+
+    def delete_idle(self, keys: Sequence[SessionKey], until: float) -> Keys:
+        gone = super().delete_idle(keys, until)
+        if self.delete_error is not None:
+            raise self.delete_error
+        return gone
+
+
+async def sweep(service: SessionService) -> int:
+    assert service.expiry is not None
+    return await service.expiry.sweep()
+
+
+def test_what_was_idle_for_too_long_is_gone_everywhere() -> None:
+    store = Aged()
+
+    async def scenario(service: SessionService) -> None:
+        store.age = 1000.0
+        await turn(service, "old", [1], [0])
+        before = service.directory.get(key("old")).incarnation
+        store.age = 0.0
+        await turn(service, "young", [2], [0])
+        assert await sweep(service) == 1
+        assert [info.key.session for info in store.list("default")] == ["young"]
+        assert service.directory.find(key("old")) is None
+        assert list(service.erased) == [key("old")], "its states must leave the device too"
+        assert await service.info(key("old")) is None
+        assert (await turn(service, "old", [3], [0]))["version"] == 1
+        np.testing.assert_array_equal(end_of(service, "old"), memory(None, [3]))
+        assert service.directory.get(key("old")).incarnation != before
+        assert await sweep(service) == 0
+
+    drive(make_service(store, ttl=600.0), scenario)
+
+
+def test_what_is_in_use_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expiry, "BATCH", 3)
+    store = Aged()
+
+    async def scenario(service: SessionService) -> None:
+        store.age = 2000.0
+        for number in range(8):  # the longest idle, and more than a batch
+            await turn(service, f"busy{number}", [number], [0])
+        store.age = 1000.0
+        for number in range(8):
+            await turn(service, f"idle{number}", [number], [0])
+        granted = [await admit(service, f"busy{number}", [9]) for number in range(7)]
+        store.put_error = StoreUnavailable("away")
+        assert (await turn(service, "busy7", [9], [0]))["status"] == "degraded"
+        store.put_error = None
+        assert await sweep(service) == 8
+        assert [info.key.session for info in store.list("default")] == [f"busy{n}" for n in range(8)]
+        for each in granted:
+            assert (await run(service, each["ticket"], [9], [0]))["status"] == "committed"
+
+    drive(make_service(store, ttl=600.0), scenario)
+
+
+def test_a_request_that_comes_meanwhile_starts_a_new_session() -> None:
+    store = Aged()
+
+    async def scenario(service: SessionService) -> None:
+        store.age = 1000.0
+        await turn(service, "s", [1], [0])
+        store.age = 0.0
+        for _ in range(20):
+            sweeping = asyncio.create_task(sweep(service))
+            await asyncio.sleep(0)
+            outcome = await turn(service, "s", [2], [0])
+            assert outcome["status"] == "committed", "whether before or after the sweep, it is no conflict"
+            await sweeping
+            store.age = 1000.0
+            await turn(service, "s", [1], [0])
+            store.age = 0.0
+
+    drive(make_service(store, ttl=600.0), scenario)
+
+
+def test_the_sweep_runs_by_itself_and_survives_a_store_that_is_away(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+
+    async def scenario(service: SessionService) -> None:
+        broken = service.store.idle
+
+        def away(until: float, limit: int = 1000) -> Keys:
+            service.store.idle = broken  # type: ignore[method-assign]
+            raise StoreUnavailable("away")
+
+        service.store.idle = away  # type: ignore[method-assign]
+        start = time.monotonic()
+        await turn(service, "s", [1], [0])
+        while service.store.usage("default").sessions:
+            assert time.monotonic() - start < 25
+            await asyncio.sleep(0.05)
+        assert time.monotonic() - start >= 1.0
+        assert await service.info(key("s")) is None
+
+    drive(make_service(url, ttl=1.0), scenario)
+
+
+def test_a_sweep_whose_outcome_is_not_known_forgets_what_it_tried() -> None:
+    store = Aged()
+
+    async def scenario(service: SessionService) -> None:
+        store.age = 1000.0
+        await turn(service, "s", [1], [0])
+        store.age, store.delete_error = 0.0, StoreUnavailable("cut after the deletion")
+        with pytest.raises(StoreUnavailable):
+            await sweep(service)
+        store.delete_error = None
+        assert service.directory.get(key("s")).record is None
+        assert await service.info(key("s")) is None
+        assert (await turn(service, "s", [3], [0]))["version"] == 1
+
+    drive(make_service(store, ttl=600.0), scenario)
+
+
+def test_the_pause_between_sweeps_differs_between_engines() -> None:
+    async def scenario(service: SessionService) -> None:
+        assert service.expiry is not None
+        pauses = [service.expiry.pause() for _ in range(100)]
+        assert all(30 <= pause <= 90 for pause in pauses)
+        assert max(pauses) - min(pauses) > 10
+
+    drive(make_service(ttl=86400.0), scenario)
+
+
+def test_without_a_ttl_nothing_expires() -> None:
+    assert make_service().expiry is None
