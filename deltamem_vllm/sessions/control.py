@@ -7,6 +7,7 @@ answer repeats. Nothing here is reachable from a network.
                                       → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
+    spend    {tenant, per_minute}      → {}                        429 when the tenant's bucket is empty
     info     {tenant, session}        → {…} or nil
     delete   {tenant, session}        → {existed}
 
@@ -116,6 +117,9 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
             return await service.outcome(q["ticket"])
         case "verdict":
             service.give_verdict(q["ticket"], q["tokens"])
+            return {}
+        case "spend":
+            service.rates.spend(q["tenant"], q["per_minute"])
             return {}
         case "info":
             return await service.info(SessionKey(q["tenant"], q["session"]))
