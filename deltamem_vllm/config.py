@@ -48,6 +48,8 @@ class Settings(BaseModel):
         host_bytes: host memory for sessions and their records, per engine; a number or ``256MiB``.
         ttl: seconds since its last commit after which a session is deleted; 0: never.
         write: roles whose messages are written, separated by commas, or ``all``, or ``none``.
+        history: what is done with a history that a client resends: ``full`` or ``elide``.
+        history_keep: with ``elide``, how many of the messages that the memory holds are sent along as context.
         kernel: ``auto`` takes the compiled operator where it loads, ``torch`` forces the slow fallback.
         key_file: tenants and the digests of their keys (`deltamem_vllm.server.tenants`); empty: none.
         open: serve sessions without any key to whoever can reach the server.
@@ -71,6 +73,8 @@ class Settings(BaseModel):
     host_bytes: ByteSize = Field(default=ByteSize(256 << 20), ge=1 << 20)
     ttl: float = Field(default=0.0, ge=0, le=1e10)
     write: str = "system,user,assistant"
+    history: Literal["full", "elide"] = "full"
+    history_keep: int = Field(default=2, ge=0, le=1000)
     kernel: Literal["auto", "native", "torch"] = "auto"
     key_file: str = ""
     open: bool = False

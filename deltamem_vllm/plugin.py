@@ -79,6 +79,15 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "Roles whose messages are written to the memory: all, none, or some of system, user, assistant and "
         "tool, separated by commas (default system,user,assistant: what a tool says is read, not remembered).",
     },
+    "history": {
+        "choices": ["full", "elide"],
+        "help": "elide leaves out of a resent history what the session's memory holds already (default full).",
+    },
+    "history-keep": {
+        "type": int,
+        "metavar": "N",
+        "help": "elide: how many of those messages to send along as context (default 2).",
+    },
     "key-file": {
         "metavar": "PATH",
         "help": "Tenants, the digests of their API keys and their quotas (see deltamem keys --help); read again when "

@@ -17,6 +17,7 @@ from deltamem_vllm.config import PLUGIN, Settings, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.names import Names
 from deltamem_vllm.policy import parse_policy
+from deltamem_vllm.server import elision
 from deltamem_vllm.server.chat import ChatPrompts
 from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import SessionMiddleware
@@ -60,7 +61,11 @@ class DeltaMemEndpoints:
         names = Names(settings.secret())
         state.deltamem = gateway = Gateway(clients, settings.queue_seconds, names, wake, policy)
         renderer = engine_client.renderer
-        renderer.render_chat_async = ChatPrompts(policy).wrap(renderer.render_chat_async)
+        prompts = ChatPrompts(
+            policy, elision.Policy(settings.history == "elide", settings.history_keep), gateway.recall
+        )
+        renderer.render_chat_async = prompts.wrap(renderer.render_chat_async)
+        state.online_renderer.preprocess_chat = prompts.note_session(state.online_renderer.preprocess_chat)
         engine_client.generate = gateway.wrap(engine_client.generate)
         state.deltamem_watch = asyncio.ensure_future(end_requests_with_their_engine(engine_client))
         if isinstance(state.deltamem_tenants, FileKeys):

@@ -20,13 +20,14 @@ from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError
 from deltamem_vllm.names import Names
 from deltamem_vllm.policy import ALL, Policy
 from deltamem_vllm.redaction import redact
-from deltamem_vllm.server.chat import MASK
+from deltamem_vllm.server.chat import HISTORY, MASK
 from deltamem_vllm.server.roles import mask_of
 from deltamem_vllm.server.scope import Scope, current, effective_id, no_key
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
+from deltamem_vllm.sessions.chain import reply_digests
 from deltamem_vllm.sessions.control import ControlClient
 from deltamem_vllm.sessions.grants import EXTRA
-from deltamem_vllm.sessions.masks import Spans
+from deltamem_vllm.sessions.masks import Spans, unwritten_before
 from deltamem_vllm.store.protocol import SessionKey
 
 OUTCOME_TIMEOUT = 30.0
@@ -90,7 +91,7 @@ class Gateway:
     def _start(
         self, generate: Any, scope: Scope, prompt: Any, params: Any, request_id: str, kwargs: dict[str, Any]
     ) -> AsyncIterator[Any]:
-        prompt, masked = _take_mask(prompt)
+        prompt, masked, history = _take_ours(prompt)
         params = copy.copy(params)  # several prompts of one HTTP request share one object
         extra = dict(params.extra_args or {})
         extra.pop(EXTRA, None)  # never trust a client's
@@ -124,7 +125,10 @@ class Gateway:
             kwargs["data_parallel_rank"] = self.rank_of(key)
         policy = self.policy if scope.writes is None else scope.writes
         params.extra_args = {**extra, EXTRA: {"unwritten": mask_of(masked, len(tokens), policy)}}
-        return self._run(generate, scope, key, tokens, prompt, params, request_id, kwargs)
+        if history is not None and history["cut"] is not None:
+            context = unwritten_before(params.extra_args[EXTRA]["unwritten"], len(tokens))
+            scope.elided_tokens = max(0, history["cut"][1] - context)
+        return self._run(generate, scope, key, tokens, prompt, params, request_id, kwargs, history)
 
     async def _run(
         self,
@@ -136,13 +140,14 @@ class Gateway:
         params: Any,
         request_id: str,
         kwargs: dict[str, Any],
+        history: dict[str, Any] | None,
     ) -> AsyncIterator[Any]:
         client, ticket = self.client_of(key), secrets.token_hex(16)
-        sampled, settled = 0, False
+        sampled, settled, text = 0, False, ""
         try:
             try:
                 await self._spend(scope)
-                grant = await self._admit(client, ticket, scope, key, tokens, prompt, params)
+                grant = await self._admit(client, ticket, scope, key, tokens, prompt, params, history)
             except DeltaMemError as e:
                 raise _refusal(scope, e) from None
             scope.admitted = True
@@ -153,13 +158,18 @@ class Gateway:
                     choice = output.outputs[0] if output.outputs else None
                     if choice is not None:
                         new = len(choice.token_ids)
-                        sampled = sampled + new if params.output_kind == RequestOutputKind.DELTA else new
+                        grows = params.output_kind == RequestOutputKind.DELTA
+                        sampled = sampled + new if grows else new
+                        if history is not None:
+                            text = text + choice.text if grows else choice.text
                     if output.finished:
                         if choice is not None and isinstance(choice.stop_reason, str):
                             # The engine sees an abort; only here it is known that a stop string ended the answer.
                             await client.ask("verdict", ticket=ticket, tokens=len(tokens) + sampled - 1)
                         settled = True
                         scope.outcome = await self._outcome(client, ticket, key.session)
+                        if history is not None and "version" in scope.outcome:
+                            await self._note_reply(client, key, scope.outcome["version"], text)
                     yield output
         finally:
             if not settled:  # refused, left by its client, or failed: nothing of this is remembered
@@ -181,6 +191,7 @@ class Gateway:
         tokens: np.ndarray,
         prompt: Any,
         params: Any,
+        history: dict[str, Any] | None,
     ) -> dict[str, Any]:
         return dict(
             await client.ask(
@@ -194,8 +205,25 @@ class Gateway:
                 salt=prompt.get("cache_salt"),
                 held=bool(params.stop),
                 unwritten=params.extra_args[EXTRA]["unwritten"],
+                history=history,
             )
         )
+
+    async def recall(self, scope: Scope) -> dict[str, Any] | None:
+        """What the memory of the request's session holds of a conversation; None without a session."""
+        session = effective_id(scope.body_id, scope.header_id, None)
+        if not session or scope.tenant is None:
+            return None
+        key = SessionKey(scope.tenant.name, session)
+        return dict(await self.client_of(key).ask("recall", tenant=key.tenant, session=key.session))
+
+    @staticmethod
+    async def _note_reply(client: ControlClient, key: SessionKey, version: int, text: str) -> None:
+        """So that an edited reply is noticed; without it any is accepted."""
+        with contextlib.suppress(DeltaMemError):
+            await client.ask(
+                "reply", tenant=key.tenant, session=key.session, version=version, digests=reply_digests(text)
+            )
 
     def _salted(self, prompt: Any, kind: Literal["off", "none"], tenant: str) -> Any:
         """A prompt without a session whose cached blocks are its kind's and its tenant's own.
@@ -241,8 +269,9 @@ def _token_ids(prompt: Any) -> np.ndarray:
     return np.asarray(ids, dtype=np.int32)
 
 
-def _take_mask(prompt: Any) -> tuple[Any, Spans | None]:
-    """A prompt as vLLM made it, and the mask of the conversation that it was rendered from."""
+def _take_ours(prompt: Any) -> tuple[Any, Spans | None, dict[str, Any] | None]:
+    """A prompt as vLLM made it, and what we know of the conversation that it was rendered from: mask and history."""
     if not isinstance(prompt, dict) or MASK not in prompt:
-        return prompt, None
-    return {key: value for key, value in prompt.items() if key != MASK}, prompt[MASK]
+        return prompt, None, None
+    plain = {key: value for key, value in prompt.items() if key not in (MASK, HISTORY)}
+    return plain, prompt[MASK], prompt.get(HISTORY)

@@ -8,9 +8,11 @@ import json
 from typing import Any
 
 from deltamem_vllm.errors import CapacityError, SessionError
+from deltamem_vllm.server.elision import HISTORY_HEADER, check_history
 from deltamem_vllm.server.roles import WRITE_HEADER, requested
 from deltamem_vllm.server.scope import (
     COMMIT_HEADER,
+    ELIDED_HEADER,
     MODE_HEADER,
     VERSION_HEADER,
     Scope,
@@ -80,8 +82,9 @@ class SessionMiddleware:
             sessions = [v.decode("latin-1") for k, v in scope["headers"] if k == self.header]
             modes = [v.decode("latin-1") for k, v in scope["headers"] if k == MODE_HEADER.lower().encode()]
             writes = [v.decode("latin-1") for k, v in scope["headers"] if k == WRITE_HEADER.lower().encode()]
-            if len(sessions) > 1 or len(modes) > 1 or len(writes) > 1:
-                raise SessionError("the session, mode or write header was given more than once: send each once")
+            histories = [v.decode("latin-1") for k, v in scope["headers"] if k == HISTORY_HEADER.lower().encode()]
+            if max(map(len, (sessions, modes, writes, histories))) > 1:
+                raise SessionError("a session, mode, write or history header was given more than once: send each once")
             if sessions:
                 ours.header_id = check_id(sessions[0], self.header.decode())
                 ours.ids.add(ours.header_id)
@@ -89,6 +92,9 @@ class SessionMiddleware:
                 ours.mode = check_mode(modes[0])
             if writes:
                 ours.writes = requested(writes[0])
+            if histories:
+                check_history(histories[0])
+                ours.history = histories[0]
         except SessionError as e:
             await _respond(send, e)
             return
@@ -174,6 +180,7 @@ class _Sender:
             "X-Session-ID": outcome.get("session"),
             VERSION_HEADER: outcome.get("version"),
             COMMIT_HEADER: outcome.get("status"),
+            ELIDED_HEADER: self._ours.elided_tokens if self._ours.elided_messages else None,
         }
         return [(k.lower().encode(), str(v).encode()) for k, v in found.items() if v is not None]
 

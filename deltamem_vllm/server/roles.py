@@ -5,7 +5,7 @@ it is read like everything in the prompt but not remembered. A server's policy n
 `WRITE_HEADER`; a message's own flag, ``"deltamem": {"write": false}``, overrules both.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deltamem_vllm.errors import SessionError
@@ -48,14 +48,19 @@ def is_written(message: Any, policy: Policy) -> bool:
     return _SAME.get(role, role) in policy
 
 
-def without_flags(messages: Sequence[Any]) -> list[Any]:
-    """The messages as the chat template is to see them."""
+def plain_messages(messages: Sequence[Any]) -> list[Any]:
+    """The messages as the chat template is to see them: without our flag, and with lists where pydantic has put
+    iterators that can be read only once."""
     return [
-        {name: value for name, value in message.items() if name != "deltamem"}
-        if isinstance(message, Mapping) and "deltamem" in message
+        {name: _lasting(value) for name, value in message.items() if name != "deltamem"}
+        if isinstance(message, Mapping)
         else message
         for message in messages
     ]
+
+
+def _lasting(value: Any) -> Any:
+    return list(value) if isinstance(value, Iterator) else value
 
 
 async def unwritten(messages: list[Any], written: Sequence[bool], prompt: Sequence[int], render: Render) -> Spans:

@@ -13,6 +13,7 @@ MODES = ("readwrite", "read", "off")
 MODE_HEADER = "X-DeltaMem-Mode"
 VERSION_HEADER = "X-Session-Version"
 COMMIT_HEADER = "X-DeltaMem-Commit"
+ELIDED_HEADER = "X-DeltaMem-Elided-Tokens"
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -25,8 +26,10 @@ class Scope:
         tenant: whose it is; None for a stranger, who came by a path that is served without a key, and has no sessions.
         mode: from the mode header; readwrite unless it says otherwise.
         writes: roles that are written, from the write header; None: the server's policy.
-        header_id: the session id of its header, if any.
+        history: its history header, if any.
+        header_id, body_id: the session ids of its header and body, if any.
         ids: every session id it is known to name so far.
+        elided_messages, elided_tokens: what of a resent history was left out.
         admitted: its first engine request was let through.
         engine_calls: how many engine requests it has made with a session it may write.
         outcome: what the session service said of its ticket.
@@ -36,7 +39,11 @@ class Scope:
     tenant: Tenant | None = EVERYBODY
     mode: Mode = "readwrite"
     writes: frozenset[str] | None = None
+    history: str | None = None
     header_id: str | None = None
+    body_id: str | None = None
+    elided_messages: int = 0
+    elided_tokens: int = 0
     ids: set[str] = field(default_factory=set)
     admitted: bool = False
     engine_calls: int = 0

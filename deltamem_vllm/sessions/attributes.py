@@ -33,10 +33,13 @@ class Chain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     """Which messages of a client's conversation are in the memory.
 
     Attributes:
-        end: in the latest state; a reply follows.
+        state: digest of the state that this is about. A session whose latest state is another one (it was rolled back,
+            reset, written without its messages being known) has no chain.
+        end: in that state; a reply follows.
         base: in the state that the present window began from; None: none were.
     """
 
+    state: Digest
     end: Point
     base: Point | None = None
 

@@ -88,18 +88,19 @@ def cut(chain: Chain | None, messages: Sequence[Any], reply: Sequence[bytes] | N
     return None
 
 
-def advance(chain: Chain | None, at: Cut | None, messages: int, link: bytes, written: int) -> Chain:
+def advance(chain: Chain | None, at: Cut | None, messages: int, link: bytes, written: int, state: bytes) -> Chain:
     """The chain after a request that wrote a conversation's rest and its reply.
 
     Args:
+        state: digest of the state after it.
         at: where the conversation was cut; None: all of it was written.
         messages, link: of the whole conversation, the new reply not counted.
         written: tokens that this request wrote.
     """
     if at is None:
-        return Chain(Point(messages, link, written))
+        return Chain(state, Point(messages, link, written))
     base = chain.end if chain is not None and at.state == "end" else chain.base if chain is not None else None
-    return Chain(Point(messages, link, at.tokens + written), base)
+    return Chain(state, Point(messages, link, at.tokens + written), base)
 
 
 def _follows(point: Point, messages: Sequence[Any], made: Sequence[bytes]) -> bool:

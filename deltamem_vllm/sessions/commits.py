@@ -26,6 +26,7 @@ from deltamem_vllm.errors import CapacityError, CorruptRecord, LeaseLost, StaleV
 from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.directory import Session, Unsaved, size_of
 from deltamem_vllm.sessions.grants import Grant
+from deltamem_vllm.sessions.histories import attributes_after
 from deltamem_vllm.sessions.masks import sign
 from deltamem_vllm.store.protocol import Record, SessionKey
 from deltamem_vllm.store.writer import CommitWriter
@@ -320,5 +321,5 @@ class Commits:
             updated_at=now,
             tokens=before + len(tokens_fed),
             windows=(last.windows if last else 0) + (grant.plan.kind == "new"),
-            attributes=last.attributes if last else b"",
+            attributes=attributes_after(grant, last, len(tokens_fed), state),
         )

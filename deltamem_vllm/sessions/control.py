@@ -3,10 +3,12 @@
 A Unix socket in a folder that only the server's user can enter; msgpack maps; a question carries a number that its
 answer repeats. Nothing here is reachable from a network.
 
-    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans)}
+    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans), history}
                                       → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
+    recall   {tenant, session}        → {version, chain, reply}   what a resent history is compared with
+    reply    {tenant, session, version, digests} → {}
     spend    {tenant, per_minute}      → {}                        429 when the tenant's bucket is empty
     info     {tenant, session}        → {…} or nil
     delete   {tenant, session}        → {existed}
@@ -28,6 +30,8 @@ import zmq
 import zmq.asyncio
 
 from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError, StoreError
+from deltamem_vllm.sessions.chain import Cut
+from deltamem_vllm.sessions.grants import History
 from deltamem_vllm.sessions.masks import normal
 from deltamem_vllm.store.protocol import SessionKey
 
@@ -112,9 +116,15 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
             tokens = np.frombuffer(q["tokens"], dtype=np.int32)
             key = SessionKey(q["tenant"], q["session"])
             spans = normal(q.get("unwritten", ()))
-            return await service.admit(q["ticket"], key, q["mode"], tokens, q["salt"], q["held"], spans)
+            history = _history(q.get("history"))
+            return await service.admit(q["ticket"], key, q["mode"], tokens, q["salt"], q["held"], spans, history)
         case "outcome":
             return await service.outcome(q["ticket"])
+        case "recall":
+            return await service.recall(SessionKey(q["tenant"], q["session"]))
+        case "reply":
+            service.note_reply(SessionKey(q["tenant"], q["session"]), q["version"], q["digests"])
+            return {}
         case "verdict":
             service.give_verdict(q["ticket"], q["tokens"])
             return {}
@@ -127,6 +137,13 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
             return {"existed": await service.delete(SessionKey(q["tenant"], q["session"]))}
         case other:
             raise ValueError(f"unknown question {other!r}")
+
+
+def _history(sent: Any) -> History | None:
+    if sent is None:
+        return None
+    cut = Cut(sent["cut"][2], sent["cut"][0], sent["cut"][1]) if sent["cut"] is not None else None
+    return History(sent["version"], sent["messages"], sent["link"], cut)
 
 
 class ControlClient:

@@ -41,6 +41,7 @@ class Session:
         deletions: how often it was deleted here; a commit granted before a deletion is refused.
         loading: held while the record is read from the store.
         unsaved: versions that the store does not have yet, oldest first.
+        reply: what the client may call the answer that came with a version, and which version.
         storing: held while versions or a deletion are on their way to the store.
 
     Args:
@@ -57,6 +58,7 @@ class Session:
         self.loading = asyncio.Lock()
         self.storing = asyncio.Lock()
         self.unsaved: deque[Unsaved] = deque()
+        self.reply: tuple[int, list[bytes]] | None = None
         self._owner: str | None = None
         self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
 

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from deltamem_vllm.names import Names
+from deltamem_vllm.sessions.chain import Cut
 from deltamem_vllm.sessions.masks import Spans
 from deltamem_vllm.sessions.windows import WRITE_ALL, Mode, Plan
 from deltamem_vllm.store.protocol import Expect, SessionKey
@@ -18,6 +19,22 @@ ZERO = "zero"
 """Digest of the empty memory."""
 
 OutcomeStatus = Literal["committed", "pending", "unchanged", "aborted", "conflict", "degraded", "failed", "unknown"]
+
+
+@dataclass(frozen=True)
+class History:
+    """What a request says about the conversation it was rendered from, where its history may be left out.
+
+    Attributes:
+        version: the session's, when it was rendered.
+        messages, link: of the whole conversation, see `deltamem_vllm.sessions.chain`.
+        cut: where its beginning was left out; None: all of it is in the prompt.
+    """
+
+    version: int
+    messages: int
+    link: bytes
+    cut: Cut | None
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,7 @@ class Grant:
         base_digest: identifies ``base`` by content.
         write_limit: positions at or past it are read only.
         spans: positions before it that are read only.
+        history: for a client that lets its history be left out.
         expect: what the store must hold for the commit; None for a session without a record.
         incarnation: the session's; a deleted and re-created session has another one.
         held_for_verdict: an abort of this request may be a stop string; wait for the API process to say.
@@ -51,6 +69,7 @@ class Grant:
     incarnation: str
     held_for_verdict: bool = False
     spans: Spans = ()
+    history: History | None = None
 
     @property
     def commits(self) -> bool:

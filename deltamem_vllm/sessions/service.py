@@ -24,7 +24,8 @@ from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.commits import Commits, WriteBehind
 from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.expiry import Expiry
-from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
+from deltamem_vllm.sessions.grants import Grant, History, cache_salt, state_digest
+from deltamem_vllm.sessions.histories import check_rendered_from, recall
 from deltamem_vllm.sessions.leases import EngineLeases
 from deltamem_vllm.sessions.masks import Spans, sign
 from deltamem_vllm.sessions.quotas import Quotas
@@ -179,6 +180,7 @@ class SessionService:
         clients_salt: str | None,
         held: bool,
         spans: Spans = (),
+        history: History | None = None,
     ) -> dict[str, Any]:
         """Give a prompt its place in a session: waits for its turn, here and among servers, reads the record, plans
         the window.
@@ -186,6 +188,7 @@ class SessionService:
         Args:
             ticket: a fresh random name; whoever asks can withdraw by it, even while waiting.
             spans: tokens, of the prompt or of the reply, that are not written.
+            history: how the prompt stands to the conversation that it was rendered from.
 
         Returns:
             prefix-cache salt for the engine request; the version it starts from; tokens already written.
@@ -204,8 +207,8 @@ class SessionService:
                     self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds),
                     self.leases.holding(session, until),
                 ):
-                    return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans)
-            return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans)
+                    return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans, history)
+            return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans, history)
         finally:
             self._admitting.pop(ticket, None)
 
@@ -218,13 +221,19 @@ class SessionService:
         salt: str | None,
         held: bool,
         spans: Spans,
+        history: History | None,
     ) -> dict[str, Any]:
         self.commits.check_room(session)
         record = await self.records.latest(session)
         if mode == "readwrite":
             await self.quotas.check(session.key, record)
         window = windows.unpack(record.window) if record is not None else None
-        plan = windows.plan(window, sign(tokens, spans))
+        signed = sign(tokens, spans)
+        if history is not None and history.cut is not None:
+            check_rendered_from(history, record)
+            plan = windows.NEW if history.cut.state == "end" else windows.plan_from_base(window, signed)
+        else:
+            plan = windows.plan(window, signed)
         base = None
         if record is not None:
             base = record.end if plan.kind == "new" else record.base
@@ -242,6 +251,7 @@ class SessionService:
             incarnation=session.incarnation,
             held_for_verdict=held,
             spans=spans,
+            history=history,
         )
         version = record.version if record is not None else 0
         self.tickets.issue(grant, session.deletions, version)
@@ -264,6 +274,15 @@ class SessionService:
     async def outcome(self, ticket: str) -> dict[str, Any]:
         """See `Tickets.outcome`."""
         return await self.tickets.outcome(ticket)
+
+    def note_reply(self, key: SessionKey, version: int, digests: list[bytes]) -> None:
+        """What the client may call the answer that came with a version, see `chain.reply_digests`."""
+        self.directory.get(key).reply = (version, digests)
+
+    async def recall(self, key: SessionKey) -> dict[str, Any]:
+        """Which messages of a conversation the session's memory holds: version, packed chain, reply."""
+        session = self.directory.get(key)
+        return recall(session, await self.records.latest(session))
 
     async def info(self, key: SessionKey) -> dict[str, Any] | None:
         """What is known of a session, or None where it has no record."""

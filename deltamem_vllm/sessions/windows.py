@@ -146,6 +146,12 @@ def plan(window: Window | None, tokens: Tokens) -> Plan:
     return NEW
 
 
+def plan_from_base(window: Window | None, tokens: Tokens) -> Plan:
+    """As `plan`, for a prompt that is known to go on from the window's base, whatever of its tokens matches."""
+    found = plan(window, tokens)
+    return Plan("replace", (), 0) if found.kind == "new" and window is not None else found
+
+
 def advance(plan: Plan, tokens_fed: Tokens, prompt_len: int) -> Window:
     """The window after a commit.
 

@@ -34,6 +34,8 @@ def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "host_bytes": 256 << 20,
         "ttl": 0.0,
         "write": "system,user,assistant",
+        "history": "full",
+        "history_keep": 2,
         "kernel": "auto",
         "key_file": "",
         "open": False,

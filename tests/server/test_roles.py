@@ -11,7 +11,7 @@ import pytest
 
 from deltamem_vllm.errors import SessionError
 from deltamem_vllm.policy import ALL, parse_policy
-from deltamem_vllm.server.roles import is_written, mask_of, requested, unwritten, without_flags
+from deltamem_vllm.server.roles import is_written, mask_of, plain_messages, requested, unwritten
 from deltamem_vllm.sessions.masks import OPEN, Spans
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if gen %}<assistant>{% endif %}"
@@ -141,7 +141,8 @@ def test_roles_and_flags() -> None:
         with pytest.raises(SessionError, match='"deltamem" must be') as refused:
             is_written(message("user", "", deltamem=bad), policy)
         assert refused.value.status == 400
-    assert without_flags([message("user", "a", deltamem={"write": True}), "raw"]) == [message("user", "a"), "raw"]
+    assert plain_messages([message("user", "a", deltamem={"write": True}), "raw"]) == [message("user", "a"), "raw"]
+    assert plain_messages([{"role": "user", "content": iter([{"type": "text"}])}])[0]["content"] == [{"type": "text"}]
 
 
 def test_masks_of_prompts_and_replies() -> None:

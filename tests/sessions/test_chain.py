@@ -72,7 +72,7 @@ def after(turns: int, chain_: Chain | None = None) -> Chain:
         messages = history(n)
         at = cut(made, messages, reply_digests(f"answer {n - 2}"))
         assert (at is None) == (n == 1)
-        made = advance(made, at, len(messages), links(messages)[-1], 10)
+        made = advance(made, at, len(messages), links(messages)[-1], 10, bytes(8))
     assert made is not None
     return made
 
@@ -90,7 +90,7 @@ def test_a_retry_or_an_edited_question_is_cut_where_its_window_began() -> None:
     for messages in (history(5), edited):
         at = cut(made, messages, reply_digests("answer 4"))
         assert at == Cut(9, "base", 40)
-        again = advance(made, at, len(messages), links(messages)[-1], 10)
+        again = advance(made, at, len(messages), links(messages)[-1], 10, bytes(8))
         assert (again.base, again.end.tokens) == (made.base, 50), "the turn is replaced, not added"
 
 

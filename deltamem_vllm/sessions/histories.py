@@ -1,0 +1,72 @@
+"""Histories that clients let be left out: what a session's record says of them, and keeps."""
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from deltamem_vllm.errors import CapacityError
+from deltamem_vllm.sessions import attributes, chain
+from deltamem_vllm.sessions.attributes import Chain
+from deltamem_vllm.sessions.directory import Session
+from deltamem_vllm.sessions.grants import Grant, History, state_digest
+from deltamem_vllm.sessions.masks import unwritten_before
+from deltamem_vllm.store.protocol import Record
+
+
+def digest(state: np.ndarray) -> bytes:
+    """8 bytes that name a state."""
+    return bytes.fromhex(state_digest(state))[:8]
+
+
+def chain_of(record: Record | None) -> Chain | None:
+    """Which messages the record's memory holds, where that is known."""
+    if record is None:
+        return None
+    found = attributes.unpack(record.attributes).chain
+    return found if found is not None and found.state == digest(record.end) else None
+
+
+def recall(session: Session, record: Record | None) -> dict[str, Any]:
+    """What a conversation's beginning is to be compared with."""
+    found = chain_of(record)
+    version = record.version if record is not None else 0
+    return {
+        "version": version,
+        "chain": msgspec.msgpack.encode(found) if found is not None else None,
+        "reply": session.reply[1] if session.reply is not None and session.reply[0] == version else None,
+    }
+
+
+def check_rendered_from(history: History, record: Record | None) -> None:
+    """Refuse a prompt whose history was left out for a version that is no longer the latest.
+
+    Raises:
+        CapacityError: 409; the conversation has to be rendered again.
+    """
+    version = record.version if record is not None else 0
+    if version != history.version:
+        raise CapacityError(
+            f"the session went from version {history.version} to {version} while its history was being left out: "
+            "retry, or send one request of a session at a time",
+            status=409,
+            retry_after=1.0,
+        )
+
+
+def attributes_after(grant: Grant, last: Record | None, fed: int, state: np.ndarray) -> bytes:
+    """The attributes of the version that a request commits.
+
+    Args:
+        last: the version before it.
+        fed: tokens that went through the model.
+        state: the memory after them.
+    """
+    before = last.attributes if last is not None else b""
+    history = grant.history
+    if history is None:
+        return before
+    known = attributes.unpack(before)
+    written = fed - unwritten_before(grant.spans, fed)
+    made = chain.advance(known.chain, history.cut, history.messages, history.link, written, digest(state))
+    return attributes.pack(msgspec.structs.replace(known, chain=made))
