@@ -211,7 +211,7 @@ class Gateway:
 
     async def recall(self, scope: Scope) -> dict[str, Any] | None:
         """What the memory of the request's session holds of a conversation; None without a session."""
-        session = effective_id(scope.body_id, scope.header_id, None)
+        session = effective_id(scope.body_id or scope.header_id, scope.header_id, None)
         if not session or scope.tenant is None:
             return None
         key = SessionKey(scope.tenant.name, session)
