@@ -30,6 +30,8 @@ from deltamem_vllm.sessions.grants import EXTRA
 from deltamem_vllm.sessions.masks import Spans, unwritten_before
 from deltamem_vllm.store.protocol import SessionKey
 
+WRITTEN = ("committed", "pending", "degraded")
+"""Outcomes after which the answer is a message that the memory holds."""
 OUTCOME_TIMEOUT = 30.0
 ADMIT_MARGIN = 10.0
 
@@ -168,7 +170,7 @@ class Gateway:
                             await client.ask("verdict", ticket=ticket, tokens=len(tokens) + sampled - 1)
                         settled = True
                         scope.outcome = await self._outcome(client, ticket, key.session)
-                        if history is not None and "version" in scope.outcome:
+                        if history is not None and scope.outcome["status"] in WRITTEN:
                             await self._note_reply(client, key, scope.outcome["version"], text)
                     yield output
         finally:

@@ -1,0 +1,164 @@
+"""History elision: time to the first token against the length of the conversation, and what recall it costs.
+
+    python -m loadtests.elision [--turns 200] [--sessions 32]
+
+A real server on the CPU with the bundled recall model. Speed: one generated conversation, resent whole with every turn
+by two clients side by side, one of which lets its history be left out; their requests alternate, and prefix caching is
+off: as for a client that comes back when its blocks are gone. Recall: held-out sessions, resent whole with 0, 2 and 8
+messages of context, are asked about facts told in earlier turns; the control sends the same context without a memory.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from deltamem_vllm.demo.server import VllmServer
+from deltamem_vllm.recall import ADAPTER_DIR, MODEL_DIR
+from deltamem_vllm.recall.data import Shape, dialogues, turn_messages
+from deltamem_vllm.recall.sessions import Session, heldout_sessions, is_right
+
+Messages = list[dict[str, str]]
+KEPT = (0, 2, 8)
+LAST = 10
+"""Turns whose median stands for a place in the conversation."""
+
+
+def talk() -> Iterator[tuple[str, str]]:
+    """User messages and replies without end."""
+    for dialogue in dialogues(11, Shape(facts=(3, 5), talk=(2, 4)), "heldout"):
+        for turn in dialogue.turns:
+            user, reply = turn_messages(turn)
+            yield user["content"], reply["content"]
+
+
+class Server:
+    """Asks the server."""
+
+    def __init__(self, url: str) -> None:
+        self.http = httpx.Client(base_url=url, timeout=300)
+
+    def first_token(self, messages: Messages, session: str, history: str) -> tuple[float, str]:
+        """Seconds to the first token of a streamed answer, and the answer."""
+        body = {"model": "recall", "messages": messages, "max_tokens": 8, "temperature": 0, "stream": True}
+        headers = {"X-Session-ID": session, "X-DeltaMem-History": history, "X-DeltaMem-Write": "all"}
+        begun, first, text = time.perf_counter(), 0.0, ""
+        with self.http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+            response.raise_for_status()
+            for line in response.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                delta = json.loads(line[6:])["choices"][0]["delta"]
+                if delta.get("content"):
+                    first = first or time.perf_counter() - begun
+                    text += delta["content"]
+        return first or time.perf_counter() - begun, text
+
+    def answer(self, messages: Messages, **headers: str) -> str:
+        """A whole answer."""
+        body = {"model": "recall", "messages": messages, "max_tokens": 8, "temperature": 0}
+        response = self.http.post("/v1/chat/completions", json=body, headers=headers)
+        response.raise_for_status()
+        return str(response.json()["choices"][0]["message"]["content"])
+
+
+def speed(server: Server, turns: int) -> dict[str, list[float]]:
+    """Seconds to the first token of each turn, by arm."""
+    seconds: dict[str, list[float]] = {"full": [], "elide": []}
+    histories: dict[str, Messages] = {arm: [] for arm in seconds}
+    for number, (user, _) in enumerate(itertools.islice(talk(), turns)):
+        arms = list(seconds)
+        for arm in arms if number % 2 else reversed(arms):
+            history = histories[arm]
+            history.append({"role": "user", "content": user})
+            spent, text = server.first_token(history, f"speed-{arm}", arm)
+            history.append({"role": "assistant", "content": text})
+            seconds[arm].append(spent)
+    return seconds
+
+
+def growth(seconds: list[float], early: int, late: int) -> tuple[float, float, float]:
+    """Medians around two turns, and the ratio of the later to the earlier."""
+    a, b = (statistics.median(seconds[turn - LAST : turn]) for turn in (early, late))
+    return a, b, b / a
+
+
+def recall(server: Server, sessions: list[Session], keep: int, memory: bool) -> float:
+    """Share of questions answered right, each asked when all else was told."""
+
+    def one(index: int) -> list[bool]:
+        history: Messages = []
+        headers = {"X-Session-ID": f"recall-{keep}-{index}", "X-DeltaMem-History": f"elide; keep={keep}"}
+        for request in sessions[index].tellings() if memory else ():
+            history.append(request.messages[-1])
+            said = server.answer(history, **headers)
+            history.append({"role": "assistant", "content": said})
+        if not memory:
+            history = [m for turn in sessions[index].told for m in turn_messages(turn)]
+        right = []
+        for request in sessions[index].turns(ask_only=True):
+            if request.kind != "ask":
+                continue
+            if memory:
+                said = server.answer([*history, request.messages[-1]], **headers, **{"X-DeltaMem-Mode": "read"})
+            else:
+                said = server.answer([*history[len(history) - keep :], request.messages[-1]])
+            right.append(is_right(said, request.expected))
+        return right
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = [right for some in pool.map(one, range(len(sessions))) for right in some]
+    return sum(answers) / len(answers)
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--turns", type=int, default=200)
+    parser.add_argument("--sessions", type=int, default=32)
+    given = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments: list[Any] = [
+            "--dtype",
+            "float32",
+            "--block-size",
+            "32",
+            "--enforce-eager",
+            "--no-enable-prefix-caching",
+        ]
+        arguments += ["--served-model-name", "recall", "--max-model-len", str(64 + 32 * given.turns)]
+        longer = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # its answers are worth nothing there; their time is
+        store = f"sqlite:///{folder}/sessions.db"
+        with VllmServer(MODEL_DIR, ADAPTER_DIR, store, *arguments, env=longer) as running:
+            running.wait_ready()
+            server = Server(running.base_url)
+            early = max(LAST, given.turns // 10)
+            table = Table(title=f"time to the first token, median of {LAST} turns, ms")
+            for column in ("history", f"turn {early}", f"turn {given.turns}", "ratio"):
+                table.add_column(column)
+            for arm, seconds in speed(server, given.turns).items():
+                first, last, ratio = growth(seconds, early, given.turns)
+                table.add_row(arm, f"{1e3 * first:.1f}", f"{1e3 * last:.1f}", f"{ratio:.2f}")
+            console.print(table)
+            table = Table(title=f"right answers about what was told earlier, {given.sessions} held-out sessions")
+            for column in ("context messages", "memory", "no memory"):
+                table.add_column(column)
+            sessions = heldout_sessions(given.sessions)
+            for keep in KEPT:
+                shares = [recall(server, sessions, keep, memory) for memory in (True, False)]
+                table.add_row(str(keep), *(f"{100 * share:.1f} %" for share in shares))
+            console.print(table)
+
+
+if __name__ == "__main__":
+    main()
