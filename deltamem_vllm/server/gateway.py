@@ -52,14 +52,11 @@ class Gateway:
         self.queue_seconds = queue_seconds
         self._wake = wake
 
-    async def delete(self, session: str) -> bool:
-        """Erase a session; whether there was one. Its states on the device are zeroed by the engine's next step, which
-        is ordered here."""
-        answer = await self.client_of(session).ask("delete", tenant=TENANT, session=session)
+    async def wake(self) -> None:
+        """Let the engines take a step: it zeroes what was deleted on the device."""
         if self._wake is not None:
             with contextlib.suppress(Exception):  # a dead engine has no memory to erase
                 await self._wake()
-        return bool(answer["existed"])
 
     def rank_of(self, session: str) -> int:
         """The engine that serves a session: always the same one, so that its memory has one owner."""
@@ -175,6 +172,7 @@ class Gateway:
                     salt=prompt.get("cache_salt"),
                     held=bool(params.stop),
                     unwritten=params.extra_args[EXTRA]["unwritten"],
+                    if_match=scope.if_match,
                 )
             )
         except DeltaMemError as e:

@@ -18,6 +18,7 @@ from deltamem_vllm.server.scope import (
     check_id,
     check_mode,
     current,
+    parse_match,
 )
 
 _STATUS_TYPES = {
@@ -81,6 +82,8 @@ class SessionMiddleware:
                 check_id(sessions[0], self.header.decode())
             if modes:
                 ours.mode = check_mode(modes[0])
+            matches = [v.decode("latin-1") for k, v in scope["headers"] if k == b"if-match"]
+            ours.if_match = parse_match(",".join(matches) if matches else None)
             if writes:
                 ours.writes = requested(writes[0])
         except SessionError as e:

@@ -15,6 +15,7 @@ COMMIT_HEADER = "X-DeltaMem-Commit"
 TENANT = "default"
 """Until tenants come from API keys, there is one."""
 
+_TAG = re.compile(r'"([0-9]{1,15})"')
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -25,6 +26,7 @@ class Scope:
     Attributes:
         mode: from the mode header; readwrite unless it says otherwise.
         writes: roles that are written, from the write header; None: the server's policy.
+        if_match: versions of which the session must have one, from ``If-Match``; empty: whichever it has.
         stranger: it came without the API key that the server asks for, by a path that vLLM does not guard.
         engine_calls: how many engine requests it has made with a session it may write.
         outcome: what the session service said of its ticket.
@@ -33,6 +35,7 @@ class Scope:
 
     mode: Mode = "readwrite"
     writes: frozenset[str] | None = None
+    if_match: list[int] | None = None
     stranger: bool = False
     engine_calls: int = 0
     outcome: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +57,24 @@ def check_id(value: Any, parameter: str) -> str:
             f"invalid session id {shown!r}: use 1 to 128 of A-Z a-z 0-9 . _ : -", status=400, parameter=parameter
         )
     return value
+
+
+def parse_match(value: str | None) -> list[int] | None:
+    """The value of ``If-Match``: versions, or an empty list for ``*``.
+
+    Raises:
+        SessionError: 400; it is neither.
+    """
+    if value is None:
+        return None
+    if value.strip() == "*":
+        return []
+    tags = [_TAG.fullmatch(each.strip()) for each in value.split(",")]
+    if any(tag is None for tag in tags):
+        raise SessionError(
+            f'invalid If-Match {value[:64]!r}: use a session\'s ETag, as in "7", or *', status=400, parameter="If-Match"
+        )
+    return [int(tag[1]) for tag in tags if tag is not None]
 
 
 def check_mode(value: str) -> Mode:

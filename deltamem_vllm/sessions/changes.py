@@ -118,8 +118,11 @@ def blank(service: "SessionService", key: SessionKey) -> Record:
     )
 
 
-def check_match(key: SessionKey, record: Record | None, if_match: Match) -> None:
+def check_match(key: SessionKey, record: Record | None, if_match: Match, *, needed: bool = True) -> None:
     """Hold a session's version against what a client has seen.
+
+    Args:
+        needed: what is to be done needs the session: where there is none, that is what the client is told.
 
     Raises:
         PreconditionFailed: 412, with the present version.
@@ -128,7 +131,9 @@ def check_match(key: SessionKey, record: Record | None, if_match: Match) -> None
     if if_match is None:
         return
     if record is None:
-        raise not_found(key)
+        if needed:
+            raise not_found(key)
+        raise PreconditionFailed(f"session {key.session!r} does not exist, and If-Match names a version", version=0)
     if if_match and record.version not in if_match:
         raise PreconditionFailed(
             f"session {key.session!r} is at version {record.version}, not at the one that If-Match names: read it and "

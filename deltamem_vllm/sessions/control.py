@@ -3,12 +3,12 @@
 A Unix socket in a folder that only the server's user can enter; msgpack maps; a question carries a number that its
 answer repeats. Nothing here is reachable from a network.
 
-    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans)}
+    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans),
+              if_match}
                                       → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
-    info     {tenant, session}        → {…} or nil
-    delete   {tenant, session}        → {existed}
+    QUESTION {[tenant, session,] …}   → see ``management.QUESTIONS``: all that is no generation
 
 An error is answered as ``{"error": {type, message, status, retry_after, parameter, version}}`` and raised again by the
 client.
@@ -28,6 +28,8 @@ import zmq
 import zmq.asyncio
 
 from deltamem_vllm.errors import CapacityError, DeltaMemError, PreconditionFailed, SessionError, StoreError
+from deltamem_vllm.sessions import management
+from deltamem_vllm.sessions.management import QUESTIONS
 from deltamem_vllm.sessions.masks import normal
 from deltamem_vllm.store.protocol import SessionKey
 
@@ -115,16 +117,16 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
             tokens = np.frombuffer(q["tokens"], dtype=np.int32)
             key = SessionKey(q["tenant"], q["session"])
             spans = normal(q.get("unwritten", ()))
-            return await service.admit(q["ticket"], key, q["mode"], tokens, q["salt"], q["held"], spans)
+            return await service.admit(
+                q["ticket"], key, q["mode"], tokens, q["salt"], q["held"], spans, q.get("if_match")
+            )
         case "outcome":
             return await service.outcome(q["ticket"])
         case "verdict":
             service.give_verdict(q["ticket"], q["tokens"])
             return {}
-        case "info":
-            return await service.info(SessionKey(q["tenant"], q["session"]))
-        case "delete":
-            return {"existed": await service.delete(SessionKey(q["tenant"], q["session"]))}
+        case other if other in QUESTIONS:
+            return await management.answer(service, other, q)
         case other:
             raise ValueError(f"unknown question {other!r}")
 
