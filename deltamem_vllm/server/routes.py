@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, Security
+from fastapi.exceptions import HTTPException
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
@@ -97,9 +98,12 @@ class _Route(APIRoute):
         async def answered(request: Request) -> Response:
             try:
                 return await handle(request)
+            except HTTPException as e:  # a body that is no JSON at all: its own answer has another format
+                error: DeltaMemError = SessionError(str(e.detail), status=e.status_code)
             except DeltaMemError as e:
-                status, headers, body = error_body(e)
-                return Response(body, status_code=status, headers=headers)
+                error = e
+            status, headers, body = error_body(error)
+            return Response(body, status_code=status, headers=headers)
 
         return answered
 
