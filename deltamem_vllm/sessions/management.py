@@ -198,7 +198,7 @@ async def install(
     """Create a session from what `export` gave, trusted in nothing.
 
     Args:
-        forked_from: ``id@version``; None: as exported.
+        forked_from: ``id@version`` of the session here that it is a copy of; None: a client gave it.
 
     Raises:
         SessionError: 409; it exists. 422; the bytes are damaged or not of this server's adapter, model or shape.
@@ -210,15 +210,27 @@ async def install(
     except CorruptRecord as e:
         raise SessionError(f"this is no exported session: {e}", status=422, parameter="body") from None
     service.records.verify(record)
+    if forked_from is not None:
+        attributes = msgspec.structs.replace(attributes, forked_from=forked_from)
+    else:
+        _check_norms(record)
+    return await _install(service, key, name, dataclasses.replace(record, attributes=pack(attributes)))
+
+
+def _check_norms(record: Record) -> None:
+    """Refuse a memory that no model has written.
+
+    Raises:
+        SessionError: 422.
+    """
     for state in (record.base, record.end):
         norm = float(np.linalg.norm(state.reshape(len(state), -1), axis=1).max())
         if not norm <= MAX_IMPORT_NORM:
             raise SessionError(
-                f"a layer of the memory has norm {norm:g}; at most {MAX_IMPORT_NORM:g} is taken", status=422
+                f"a layer of the memory has norm {norm:g}; at most {MAX_IMPORT_NORM:g} is taken",
+                status=422,
+                parameter="body",
             )
-    if forked_from is not None:
-        attributes = msgspec.structs.replace(attributes, forked_from=forked_from)
-    return await _install(service, key, name, dataclasses.replace(record, attributes=pack(attributes)))
 
 
 async def record_limit(service: "SessionService") -> int:
