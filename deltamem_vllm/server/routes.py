@@ -10,9 +10,9 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, Security
-from fastapi.exceptions import HTTPException
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
 
 from deltamem_vllm.errors import DeltaMemError, SessionError
 from deltamem_vllm.server import models
@@ -30,7 +30,7 @@ from deltamem_vllm.server.models import (
     SessionRow,
     SessionUpdate,
 )
-from deltamem_vllm.server.scope import TENANT, check_id, parse_match
+from deltamem_vllm.server.scope import Scope, check_id, current, parse_match, tenant_of_request
 from deltamem_vllm.store.protocol import SessionKey
 
 CHANGE_TIMEOUT = 10.0
@@ -273,18 +273,18 @@ def make_router() -> APIRouter:
 
 def _tenant() -> str:
     """Whose request is being served: the one place where the routes learn it."""
-    return TENANT
+    return tenant_of_request().name
 
 
 async def _ask(request: Request, session_id: str, do: str, **question: Any) -> Any:
     """Ask the engine of the tenant's session that a path names."""
     gateway, key = _gateway(request), SessionKey(_tenant(), check_id(session_id, "session_id"))
     timeout = gateway.queue_seconds + CHANGE_TIMEOUT
-    client = gateway.client_of(key.session)
-    return await client.ask(do, timeout=timeout, tenant=key.tenant, session=key.session, **question)
+    return await gateway.client_of(key).ask(do, timeout=timeout, tenant=key.tenant, session=key.session, **question)
 
 
 async def _changed(request: Request, response: Response, session_id: str, do: str, **question: Any) -> SessionInfo:
+    await _gateway(request).spend(current.get() or Scope(tenant=None))
     found = await _ask(request, session_id, do, **question)
     response.headers["ETag"] = f'"{found["version"]}"'
     if response.status_code == 201 or do in ("create", "install"):

@@ -8,6 +8,7 @@ answer repeats. Nothing here is reachable from a network.
                                       → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
+    spend    {tenant, per_minute}      → {}                        429 when the tenant's bucket is empty
     QUESTION {[tenant, session,] …}   → see ``management.QUESTIONS``: all that is no generation
 
 An error is answered as ``{"error": {type, message, status, retry_after, parameter, version}}`` and raised again by the
@@ -124,6 +125,9 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
             return await service.outcome(q["ticket"])
         case "verdict":
             service.give_verdict(q["ticket"], q["tokens"])
+            return {}
+        case "spend":
+            service.rates.spend(q["tenant"], q["per_minute"])
             return {}
         case other if other in QUESTIONS:
             return await management.answer(service, other, q)
