@@ -5,6 +5,7 @@ session to another is read from the first one's engine and created at the second
 """
 
 import hashlib
+import re
 import secrets
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
@@ -59,7 +60,7 @@ def _match(
         Header(
             alias="If-Match",
             description="Only if the session is at this version: its ETag, or `*`.",
-            json_schema_extra={"pattern": r'^(\*|"[0-9]{1,15}")$'},
+            json_schema_extra={"pattern": r'^(\*|"[0-9]{1,15}"(, ?"[0-9]{1,15}")*)$'},
             examples=['"7"'],
         ),
     ] = None,
@@ -77,8 +78,10 @@ def _idempotency(
         ),
     ] = None,
 ) -> str | None:
-    if key is not None and not (1 <= len(key) <= 255 and key.isascii() and key.isprintable()):
-        raise SessionError("Idempotency-Key must be 1 to 255 printable ASCII characters", parameter="Idempotency-Key")
+    if key is not None and not re.fullmatch(r"[!-~]{1,255}", key):
+        raise SessionError(
+            "Idempotency-Key must be 1 to 255 printable ASCII characters, without spaces", parameter="Idempotency-Key"
+        )
     return key
 
 

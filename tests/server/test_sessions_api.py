@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import schemathesis
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import checks
 
 from deltamem_vllm.demo.server import VllmServer
@@ -329,7 +329,7 @@ def test_the_whole_api_needs_the_key(talk: Talk, server: VllmServer) -> None:
 
 # --- the contract -----------------------------------------------------------------------------------------------------
 
-EXAMPLES = 12
+EXAMPLES = 8
 
 
 def operations(server: VllmServer) -> Iterator[Any]:
@@ -342,6 +342,7 @@ def test_every_route_keeps_its_contract(talk: Talk, server: VllmServer) -> None:
     """Generated requests, valid ones and others: no 5xx, and every answer as the OpenAPI document says."""
     known, tried = made(talk.post(ROOT, json={"id": new_session()}))["id"], 0
     statuses: dict[int, int] = {}
+    failures: list[str] = []
     for operation in operations(server):
         for mode in schemathesis.GenerationMode:
 
@@ -356,21 +357,24 @@ def test_every_route_keeps_its_contract(talk: Talk, server: VllmServer) -> None:
             @_given(operation, mode)
             def holds(case: Any) -> None:
                 nonlocal tried
-                if case.path_parameters and tried % 2:
+                if mode == schemathesis.GenerationMode.POSITIVE and case.path_parameters and tried % 2:
                     case.path_parameters["session_id"] = known
                 tried += 1
                 response = case.call(headers={"Authorization": f"Bearer {API_KEY}"}, timeout=60)
                 statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
-                case.validate_response(
-                    response, excluded_checks=[checks.ignored_auth] if hasattr(checks, "ignored_auth") else []
-                )
+                unsaid = [checks.positive_data_acceptance]  # a schema knows no versions, and not what an export is
+                inexpressible = response.status_code == 412 or operation.path.endswith("/import")
+                case.validate_response(response, excluded_checks=unsaid if inexpressible else [])
 
-            holds()
+            try:
+                holds()
+            except (Exception, ExceptionGroup) as e:
+                failures.append(f"{operation.method} {operation.path} {mode}: {e}")
     print(f"{tried} generated requests: {dict(sorted(statuses.items()))}")
+    assert not failures, "\n".join(failures)
     assert tried > 100
+    assert not any(status >= 500 for status in statuses)
 
 
 def _given(operation: Any, mode: Any) -> Any:
-    from hypothesis import given
-
     return given(case=operation.as_strategy(generation_mode=mode))
