@@ -10,9 +10,8 @@ import secrets
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, Security
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from deltamem_vllm.errors import DeltaMemError, SessionError
@@ -113,8 +112,7 @@ class _Route(APIRoute):
 
 def make_router() -> APIRouter:
     """The session routes."""
-    key = HTTPBearer(auto_error=False, scheme_name="ApiKey", description="As for every route under /v1.")
-    router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=_Route, dependencies=[Security(key)])
+    router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=_Route)
 
     @router.get("", response_model=SessionList, responses=_refusals(400, 503))
     async def list_sessions(
