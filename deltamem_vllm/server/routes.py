@@ -55,27 +55,27 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _match(
     if_match: Annotated[
-        str | None,
+        str,  # a header cannot be null, and OpenAPI must not say so
         Header(
             alias="If-Match",
             description="Only if the session is at this version: its ETag, or `*`.",
             json_schema_extra={"pattern": r'^(\*|"[0-9]{1,15}"(, ?"[0-9]{1,15}")*)$'},
             examples=['"7"'],
         ),
-    ] = None,
+    ] = None,  # type: ignore[assignment]
 ) -> list[int] | None:
     return parse_match(if_match)
 
 
 def _idempotency(
     key: Annotated[
-        str | None,
+        str,  # a header cannot be null, and OpenAPI must not say so
         Header(
             alias="Idempotency-Key",
             description="The same request again with the same key is carried out once.",
             json_schema_extra={"pattern": r"^[!-~]{1,255}$"},
         ),
-    ] = None,
+    ] = None,  # type: ignore[assignment]
 ) -> str | None:
     if key is not None and not re.fullmatch(r"[!-~]{1,255}", key):
         raise SessionError(
