@@ -55,7 +55,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _match(
     if_match: Annotated[
-        str,  # a header cannot be null, and OpenAPI must not say so
+        str,  # noqa: RUF013 (a header cannot be null, and OpenAPI must not say so)
         Header(
             alias="If-Match",
             description="Only if the session is at this version: its ETag, or `*`.",
@@ -69,7 +69,7 @@ def _match(
 
 def _idempotency(
     key: Annotated[
-        str,  # a header cannot be null, and OpenAPI must not say so
+        str,  # noqa: RUF013 (a header cannot be null, and OpenAPI must not say so)
         Header(
             alias="Idempotency-Key",
             description="The same request again with the same key is carried out once.",
