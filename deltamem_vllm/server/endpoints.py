@@ -1,7 +1,4 @@
-"""vLLM's endpoint plugin: our middleware and the routes under ``/v1/sessions``.
-
-Listing, forking, resetting, rolling back, exporting and importing sessions will live beside `routes`.
-"""
+"""vLLM's endpoint plugin: our middleware and the routes under ``/v1/sessions``."""
 
 import asyncio
 from argparse import Namespace

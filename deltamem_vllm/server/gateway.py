@@ -61,14 +61,11 @@ class Gateway:
         self.names = names
         self._wake = wake
 
-    async def delete(self, key: SessionKey) -> bool:
-        """Erase a session; whether there was one. Its states on the device are zeroed by the engine's next step, which
-        is ordered here."""
-        answer = await self.client_of(key).ask("delete", tenant=key.tenant, session=key.session)
+    async def wake(self) -> None:
+        """Let the engines take a step: it zeroes what was deleted on the device."""
         if self._wake is not None:
             with contextlib.suppress(Exception):  # a dead engine has no memory to erase
                 await self._wake()
-        return bool(answer["existed"])
 
     def rank_of(self, key: SessionKey) -> int:
         """The engine that serves a session: always the same one, so that its memory has one owner."""
@@ -148,7 +145,7 @@ class Gateway:
         sampled, settled, text = 0, False, ""
         try:
             try:
-                await self._spend(scope)
+                await self.spend(scope)
                 grant = await self._admit(client, ticket, scope, key, tokens, prompt, params, history)
             except DeltaMemError as e:
                 raise _refusal(scope, e) from None
@@ -178,7 +175,7 @@ class Gateway:
                 with contextlib.suppress(Exception):
                     await asyncio.shield(client.ask("verdict", ticket=ticket, tokens=None, timeout=5.0))
 
-    async def _spend(self, scope: Scope) -> None:
+    async def spend(self, scope: Scope) -> None:
         """Take a write out of the tenant's quota. The first engine counts for all, so that there is one count."""
         tenant = scope.tenant
         if scope.mode == "readwrite" and tenant is not None and tenant.commits_per_minute is not None:
@@ -208,6 +205,7 @@ class Gateway:
                 held=bool(params.stop),
                 unwritten=params.extra_args[EXTRA]["unwritten"],
                 history=history,
+                if_match=scope.if_match,
             )
         )
 

@@ -7,7 +7,7 @@ that is refused on its way to the engine gets its proper status, streaming or no
 import json
 from typing import Any
 
-from deltamem_vllm.errors import CapacityError, SessionError
+from deltamem_vllm.errors import CapacityError, PreconditionFailed, SessionError
 from deltamem_vllm.server.elision import HISTORY_HEADER, check_history
 from deltamem_vllm.server.roles import WRITE_HEADER, requested
 from deltamem_vllm.server.scope import (
@@ -20,6 +20,7 @@ from deltamem_vllm.server.scope import (
     check_mode,
     current,
     no_key,
+    parse_match,
 )
 from deltamem_vllm.server.tenants import OneTenant, Tenants, bearer, is_open
 
@@ -31,6 +32,9 @@ _STATUS_TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     409: "ConflictError",
+    412: "PreconditionFailedError",
+    413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
     422: "UnprocessableEntityError",
     429: "RateLimitError",
 }
@@ -44,6 +48,8 @@ def error_body(error: BaseException) -> tuple[int, dict[str, str], bytes]:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, PreconditionFailed) and error.version:
+        headers["etag"] = f'"{error.version}"'
     body = {
         "message": str(error),
         "type": _STATUS_TYPES.get(status, "ServiceUnavailableError" if status == 503 else "InternalServerError"),
@@ -90,6 +96,8 @@ class SessionMiddleware:
                 ours.ids.add(ours.header_id)
             if modes:
                 ours.mode = check_mode(modes[0])
+            matches = [v.decode("latin-1") for k, v in scope["headers"] if k == b"if-match"]
+            ours.if_match = parse_match(",".join(matches) if matches else None)
             if writes:
                 ours.writes = requested(writes[0])
             if histories:

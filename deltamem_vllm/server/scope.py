@@ -15,6 +15,7 @@ VERSION_HEADER = "X-Session-Version"
 COMMIT_HEADER = "X-DeltaMem-Commit"
 ELIDED_HEADER = "X-DeltaMem-Elided-Tokens"
 
+_TAG = re.compile(r'"([0-9]{1,15})"')
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -27,6 +28,7 @@ class Scope:
         mode: from the mode header; readwrite unless it says otherwise.
         writes: roles that are written, from the write header; None: the server's policy.
         history: its history header, if any.
+        if_match: versions of which the session must have one, from ``If-Match``; empty: whichever it has.
         header_id, body_id: the session ids of its header and body, if any.
         ids: every session id it is known to name so far.
         elided_messages, elided_tokens: what of a resent history was left out.
@@ -40,6 +42,7 @@ class Scope:
     mode: Mode = "readwrite"
     writes: frozenset[str] | None = None
     history: str | None = None
+    if_match: list[int] | None = None
     header_id: str | None = None
     body_id: str | None = None
     elided_messages: int = 0
@@ -83,6 +86,24 @@ def check_id(value: Any, parameter: str) -> str:
             f"invalid session id {shown}: use 1 to 128 of A-Z a-z 0-9 . _ : -", status=400, parameter=parameter
         )
     return value
+
+
+def parse_match(value: str | None) -> list[int] | None:
+    """The value of ``If-Match``: versions, or an empty list for ``*``.
+
+    Raises:
+        SessionError: 400; it is neither.
+    """
+    if value is None:
+        return None
+    if value.strip() == "*":
+        return []
+    tags = [_TAG.fullmatch(each.strip()) for each in value.split(",")]
+    if any(tag is None for tag in tags):
+        raise SessionError(
+            f'invalid If-Match {value[:64]!r}: use a session\'s ETag, as in "7", or *', status=400, parameter="If-Match"
+        )
+    return [int(tag[1]) for tag in tags if tag is not None]
 
 
 def effective_id(resolved: str | None, header: str | None, extra: Any) -> str | None:

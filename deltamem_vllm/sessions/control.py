@@ -3,17 +3,17 @@
 A Unix socket in a folder that only the server's user can enter; msgpack maps; a question carries a number that its
 answer repeats. Nothing here is reachable from a network.
 
-    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans), history}
+    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans), history, if_match}
                                       → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
     recall   {tenant, session}        → {version, chain, reply}   what a resent history is compared with
     reply    {tenant, session, version, digests} → {}
     spend    {tenant, per_minute}      → {}                        429 when the tenant's bucket is empty
-    info     {tenant, session}        → {…} or nil
-    delete   {tenant, session}        → {existed}
+    QUESTION {[tenant, session,] …}   → see ``management.QUESTIONS``: all that is no generation
 
-An error is answered as ``{"error": {type, message, status, retry_after, parameter}}`` and raised again by the client.
+An error is answered as ``{"error": {type, message, status, retry_after, parameter, version}}`` and raised again by the
+client.
 """
 
 import asyncio
@@ -29,9 +29,11 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
-from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError, StoreError
+from deltamem_vllm.errors import CapacityError, DeltaMemError, PreconditionFailed, SessionError, StoreError
+from deltamem_vllm.sessions import management
 from deltamem_vllm.sessions.chain import Cut
 from deltamem_vllm.sessions.grants import History
+from deltamem_vllm.sessions.management import QUESTIONS
 from deltamem_vllm.sessions.masks import normal
 from deltamem_vllm.store.protocol import SessionKey
 
@@ -58,6 +60,7 @@ def encode_error(error: BaseException) -> dict[str, Any]:
             "status": status,
             "retry_after": getattr(error, "retry_after", None),
             "parameter": getattr(error, "parameter", None),
+            "version": getattr(error, "version", None),
         }
     }
 
@@ -67,6 +70,8 @@ def raise_error(answer: Any) -> Any:
     if not (isinstance(answer, dict) and "error" in answer and isinstance(answer["error"], dict)):
         return answer
     e = answer["error"]
+    if e["status"] == 412:
+        raise PreconditionFailed(e["message"], version=e["version"])
     if e["type"] == "SessionError" or e["status"] == 404:
         raise SessionError(e["message"], status=e["status"], parameter=e["parameter"])
     if e["type"] == "CapacityError":
@@ -116,8 +121,8 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
             tokens = np.frombuffer(q["tokens"], dtype=np.int32)
             key = SessionKey(q["tenant"], q["session"])
             spans = normal(q.get("unwritten", ()))
-            history = _history(q.get("history"))
-            return await service.admit(q["ticket"], key, q["mode"], tokens, q["salt"], q["held"], spans, history)
+            history, match = _history(q.get("history")), q.get("if_match")
+            return await service.admit(q["ticket"], key, q["mode"], tokens, q["salt"], q["held"], spans, history, match)
         case "outcome":
             return await service.outcome(q["ticket"])
         case "recall":
@@ -131,10 +136,8 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
         case "spend":
             service.rates.spend(q["tenant"], q["per_minute"])
             return {}
-        case "info":
-            return await service.info(SessionKey(q["tenant"], q["session"]))
-        case "delete":
-            return {"existed": await service.delete(SessionKey(q["tenant"], q["session"]))}
+        case other if other in QUESTIONS:
+            return await management.answer(service, other, q)
         case other:
             raise ValueError(f"unknown question {other!r}")
 

@@ -53,7 +53,7 @@ class Records:
                 if session.loaded:  # a commit has come meanwhile, and knows better
                     return session.record
                 if record is not None:
-                    self._verify(record)
+                    self.verify(record)
                 session.set_record(record)
             return session.record
 
@@ -73,8 +73,12 @@ class Records:
             if not kept:
                 self._deleted(session.key)
 
-    def _verify(self, record: Record) -> None:
-        """Refuse a memory made with another adapter, model or shape; zeroing it silently would lose it."""
+    def verify(self, record: Record) -> None:
+        """Refuse a memory made with another adapter, model or shape; zeroing it silently would lose it.
+
+        Raises:
+            SessionError: 422.
+        """
         for what, have, want in (
             ("adapter", record.adapter, self.adapter),
             ("model", record.model, self.model),

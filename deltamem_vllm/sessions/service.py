@@ -20,7 +20,8 @@ import numpy as np
 
 from deltamem_vllm.errors import SessionError
 from deltamem_vllm.names import Names
-from deltamem_vllm.sessions import windows
+from deltamem_vllm.sessions import management, windows
+from deltamem_vllm.sessions.changes import Match, check_match
 from deltamem_vllm.sessions.commits import Commits, WriteBehind
 from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.expiry import Expiry
@@ -76,7 +77,7 @@ class SessionService:
         self.adapter, self.state_shape = adapter, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
         self.store: StateStore = open_store(store_url)
-        self.records = Records(self.store, self._erase_from_pool, layout=layout, adapter=adapter, model=model)
+        self.records = Records(self.store, self.forget_on_device, layout=layout, adapter=adapter, model=model)
         self.writer = CommitWriter(self.store)
         self.quotas = Quotas(self.records, state_shape)
         self.rates = Rates()
@@ -93,7 +94,7 @@ class SessionService:
         )
         self.directory = Directory(host_bytes)
         self.erased: deque[SessionKey] = deque()  # sessions whose states the pool must forget
-        self.expiry = Expiry(ttl, self.directory, self.records, self._erase_from_pool) if ttl else None
+        self.expiry = Expiry(ttl, self.directory, self.records, self.forget_on_device) if ttl else None
         self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
@@ -181,6 +182,7 @@ class SessionService:
         held: bool,
         spans: Spans = (),
         history: History | None = None,
+        if_match: Match = None,
     ) -> dict[str, Any]:
         """Give a prompt its place in a session: waits for its turn, here and among servers, reads the record, plans
         the window.
@@ -189,11 +191,13 @@ class SessionService:
             ticket: a fresh random name; whoever asks can withdraw by it, even while waiting.
             spans: tokens, of the prompt or of the reply, that are not written.
             history: how the prompt stands to the conversation that it was rendered from.
+            if_match: versions of which the session must have one.
 
         Returns:
             prefix-cache salt for the engine request; the version it starts from; tokens already written.
 
         Raises:
+            PreconditionFailed: 412; ``if_match`` does not have its version.
             CapacityError: the session is busy (409). CorruptRecord, StoreUnavailable: its memory cannot be read.
         """
         session = self.directory.get(key)
@@ -201,14 +205,15 @@ class SessionService:
             raise SessionError(f"ticket {ticket!r} is in use: make a fresh one for each request", status=400)
         self._admitting[ticket] = asyncio.current_task()
         try:
+            asked = (session, ticket, mode, tokens, clients_salt, held, spans, history, if_match)
             if mode == "readwrite":
                 until = self._loop.time() + self.queue_seconds
                 async with (
                     self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds),
                     self.leases.holding(session, until),
                 ):
-                    return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans, history)
-            return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans, history)
+                    return await self._grant(*asked)
+            return await self._grant(*asked)
         finally:
             self._admitting.pop(ticket, None)
 
@@ -222,9 +227,11 @@ class SessionService:
         held: bool,
         spans: Spans,
         history: History | None,
+        if_match: Match,
     ) -> dict[str, Any]:
         self.commits.check_room(session)
         record = await self.records.latest(session)
+        check_match(session.key, record, if_match, needed=False)
         if mode == "readwrite":
             await self.quotas.check(session.key, record)
         window = windows.unpack(record.window) if record is not None else None
@@ -286,36 +293,14 @@ class SessionService:
 
     async def info(self, key: SessionKey) -> dict[str, Any] | None:
         """What is known of a session, or None where it has no record."""
-        session = self.directory.get(key)
-        record = await self.records.latest(session)
-        if record is None:
-            return None
-        window = windows.unpack(record.window)
-        return {
-            "version": record.version,
-            "created_at": record.created_at,
-            "updated_at": record.updated_at,
-            "tokens": record.tokens,
-            "windows": record.windows,
-            "window_tokens": window.end.count if window is not None else 0,
-            "state_bytes": record.end.nbytes,
-            "adapter": record.adapter,
-            "busy": session.owner is not None,
-            "durable": not session.unsaved,
-            "lost": self.commits.lost_of(key),
-        }
+        return await management.info(self, key)
 
     async def delete(self, key: SessionKey) -> bool:
         """Erase a session everywhere. A request that runs meanwhile finishes and commits nothing."""
-        session = self.directory.get(key)
-        async with session.storing, session.loading:
-            existed = await self.records.on_loader(self.store.delete, key)
-            existed = self.commits.abandon(session) or existed
-            session.erase()
-            self._erase_from_pool(key)
-        return bool(existed)
+        return bool((await management.erase(self, key))["existed"])
 
-    def _erase_from_pool(self, key: SessionKey) -> None:
+    def forget_on_device(self, key: SessionKey) -> None:
+        """A session was deleted: its states leave the pool with the engine's next step."""
         self.tickets.note_deletion(key)  # before the scheduler hears of it: see SchedulerSide._plan_seed
         self.erased.append(key)
 

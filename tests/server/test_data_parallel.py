@@ -94,3 +94,27 @@ def test_questions_reach_the_right_rank(ranks: VllmServer) -> None:
                     refused(fresh.get(f"/v1/sessions/{session}"), 404)
             assert outcome(talk.complete(prompt(3), session, n=2)) == (session, "1", "committed")
     assert ranks.healthy(), ranks.last_lines(40)
+
+
+def test_a_session_is_copied_to_sessions_of_other_ranks(ranks: VllmServer) -> None:
+    """Six copies, of forks and of an export, whichever rank and whichever API process they come to."""
+    source, copies = new_session(), [new_session() for _ in range(6)]
+    with Talk(ranks.base_url) as talk:
+        ok(talk.complete(prompt(1), source, n=2))
+        state = ok(talk.get(f"/v1/sessions/{source}"))["state"]
+        data = talk.get(f"/v1/sessions/{source}/export").content
+    for i, copy in enumerate(copies):
+        with Talk(ranks.base_url) as fresh:
+            if i % 2:
+                made = fresh.post("/v1/sessions/import", params={"id": copy}, content=data)
+            else:
+                made = fresh.post(f"/v1/sessions/{source}/fork", json={"id": copy})
+            assert made.status_code == 201, made.text
+            taken = fresh.post(f"/v1/sessions/{source}/fork", json={"id": copy})
+            refused(taken, 409, "exists")
+    for copy in copies:
+        with Talk(ranks.base_url) as fresh:
+            assert ok(fresh.get(f"/v1/sessions/{copy}"))["state"] == state
+            assert outcome(fresh.complete(prompt(2), copy, n=2)) == (copy, "2", "committed")
+            listed = [each["id"] for each in ok(fresh.get("/v1/sessions", params={"limit": 100}))["data"]]
+            assert {source, *copies} <= set(listed), "any engine lists the whole store"

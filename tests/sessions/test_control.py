@@ -62,8 +62,10 @@ def test_admit_claim_commit_outcome_info_delete(tmp_path: Path) -> None:
         assert (await client.ask("info", tenant=TENANT, session="s"))["busy"]
         await client.ask("verdict", ticket=granted["ticket"], tokens=None)
         assert (await client.ask("outcome", ticket=granted["ticket"]))["status"] == "aborted"
-        assert await client.ask("delete", tenant=TENANT, session="s") == {"existed": True}
-        assert await client.ask("delete", tenant=TENANT, session="s") == {"existed": False}
+        gone = {"existed": True, "versions": 1, "unsaved": 0, "host": True}
+        assert await client.ask("delete", tenant=TENANT, session="s") == gone
+        nothing = {"existed": False, "versions": 0, "unsaved": 0, "host": False}
+        assert await client.ask("delete", tenant=TENANT, session="s") == nothing
 
     talk(service, tmp_path, scenario)
 
@@ -222,7 +224,7 @@ def test_blocking_client(tmp_path: Path) -> None:
         assert client.ask("info", tenant=TENANT, session="s") is None
         with pytest.raises(CapacityError, match="unknown question"):
             client.ask("dance")
-        assert client.ask("delete", tenant=TENANT, session="s") == {"existed": False}
+        assert not client.ask("delete", tenant=TENANT, session="s")["existed"]
         client.close()
 
 

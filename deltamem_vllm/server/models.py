@@ -1,0 +1,185 @@
+"""Bodies of the session API, as OpenAPI shows them."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from deltamem_vllm.policy import parse_policy
+
+ID = r"^[A-Za-z0-9._:-]{1,128}$"
+SessionID = Annotated[str, Field(pattern=ID, examples=["alice:2026"])]
+Metadata = Annotated[
+    dict[
+        Annotated[str, Field(min_length=1, max_length=64)],
+        Annotated[str, Field(max_length=512)],
+    ],
+    Field(max_length=16, description="The client's own, up to 16 pairs.", examples=[{"user": "alice"}]),
+]
+TTL = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        le=1e9,
+        allow_inf_nan=False,
+        description="Seconds of idleness after which the session may be deleted. Kept and shown; the server deletes "
+        "by its own --deltamem-ttl.",
+        examples=[86400],
+    ),
+]
+
+
+def _policy(text: str | None) -> str | None:
+    if text is not None:
+        parse_policy(text)
+    return text
+
+
+_ROLE = "(system|user|assistant|tool)"
+Write = Annotated[
+    str | None,
+    Field(
+        pattern=rf"^(all|none|{_ROLE}(,{_ROLE}){{0,7}})$",
+        description="Roles that are to be written, as in X-DeltaMem-Write. Kept and shown; a request's header decides.",
+        examples=["system,user"],
+    ),
+    AfterValidator(_policy),
+]
+Version = Annotated[int, Field(ge=1, le=2**53, description="A version that the server keeps.", examples=[1])]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SessionCreate(_Body):
+    """A session to be created, with an empty memory."""
+
+    id: SessionID | None = Field(default=None, description="Made by the server if absent.")
+    metadata: Metadata = {}
+    ttl: TTL = None
+    write: Write = None
+
+
+class SessionUpdate(_Body):
+    """What is to be replaced; what is absent stays."""
+
+    metadata: Metadata = {}
+    ttl: TTL = None
+    write: Write = None
+
+
+class SessionFork(_Body):
+    """Where a copy is to go, and of what."""
+
+    id: SessionID | None = Field(default=None, description="Of the copy; made by the server if absent.")
+    version: Version | None = None
+
+
+class SessionRollback(_Body):
+    """Where to go back to."""
+
+    version: Version
+
+
+class LayerState(BaseModel):
+    """Statistics of one layer's memory."""
+
+    layer: int = Field(description="From 0, in the order of the wrapped layers.")
+    norm: float = Field(description="Frobenius norm.")
+    max: float = Field(description="Largest absolute entry.")
+
+
+class SessionInfo(BaseModel):
+    """A session as the API shows it."""
+
+    id: str = Field(description="The session's id.", examples=["alice:2026"])
+    object: Literal["session"] = "session"
+    version: int = Field(description="Counts the session's commits; also its ETag.", examples=[7])
+    created_at: float = Field(description="Unix seconds.")
+    updated_at: float = Field(description="Unix seconds of the last commit.")
+    tokens: int = Field(description="Tokens written to its memory.")
+    windows: int = Field(description="Windows opened so far.")
+    window_tokens: int = Field(description="Tokens of the present window.")
+    state_bytes: int = Field(description="Size of its memory.")
+    adapter: str = Field(description="Fingerprint of the adapter that wrote it.")
+    durable: bool = Field(description="False while the store does not have the latest version.")
+    lost: int = Field(
+        default=0, description="Versions told `pending` or `degraded` that the store refused, since the server started."
+    )
+    busy: bool = Field(description="A request is writing to it right now.")
+    metadata: dict[str, str] = Field(default={}, description="The client's own.")
+    ttl: float | None = Field(default=None, description="Its own time to live, seconds.")
+    write: str | None = Field(default=None, description="Its own write policy.")
+    facts: int = Field(default=0, description="Pinned facts.")
+    forked_from: str | None = Field(default=None, description="`id@version` that it was copied from.")
+    state: list[LayerState] = Field(default=[], description="Its memory, layer by layer.")
+
+
+class SessionRow(BaseModel):
+    """A session, or one version of it, as the store lists it."""
+
+    id: str
+    object: Literal["session.summary", "session.version"] = "session.summary"
+    version: int
+    created_at: float = Field(description="Unix seconds.")
+    updated_at: float = Field(description="Unix seconds of this version.")
+    tokens: int = Field(description="Tokens written to its memory.")
+    windows: int = Field(description="Windows opened.")
+    bytes: int = Field(description="Size in the store.")
+
+
+class SessionList(BaseModel):
+    """A page of sessions in the order of their ids."""
+
+    object: Literal["list"] = "list"
+    data: list[SessionRow]
+    first_id: str | None = None
+    last_id: str | None = Field(default=None, description="Send it as `after` for the next page.")
+    has_more: bool = False
+
+
+class Erased(BaseModel):
+    """What was erased where."""
+
+    store_versions: int = Field(description="Versions in the store.")
+    unsaved_versions: int = Field(description="Versions that waited for the store.")
+    host_memory: bool = Field(description="Its memory was held in the server's.")
+    device: Literal["zeroing ordered"] = Field(
+        default="zeroing ordered", description="Its slots are zeroed by the engine's next step, which was ordered."
+    )
+    prefix_cache: Literal["unreachable"] = Field(
+        default="unreachable", description="No request can use its cached blocks any more; they are overwritten by use."
+    )
+
+
+class SessionDeleted(BaseModel):
+    """Receipt of a deletion."""
+
+    id: str
+    object: Literal["session.deleted"] = "session.deleted"
+    deleted: bool = True
+    erased: Erased
+
+
+class ErrorInfo(BaseModel):
+    """What went wrong and what to do."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """An error in OpenAI's format."""
+
+    error: ErrorInfo = Field(
+        examples=[
+            {
+                "message": "session 'alice:2026' not found",
+                "type": "NotFoundError",
+                "param": "session_id",
+                "code": 404,
+            }
+        ]
+    )
