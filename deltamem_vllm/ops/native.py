@@ -38,6 +38,7 @@ class NativeOps:
     """
 
     name = "native"
+    graph_safe = False  # walks the batch on the host
 
     def __init__(self, library: Path) -> None:
         if not hasattr(torch.ops.deltamem_native, "page_scan"):
