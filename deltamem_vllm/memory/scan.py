@@ -40,6 +40,7 @@ def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, laye
             pages.masks.unwritten,
             pages.tokens,
             step.num_reqs,
+            step.longest,
         ),
         reads,
     )

@@ -31,6 +31,8 @@ class Batch(NamedTuple):
             and is not written.
         block_size: N, tokens per page.
         num_reqs: requests in this batch; later rows of the tables are never looked at.
+        longest: no request has more rows than this in this step; 0: not known. A hint by which kernels on a GPU choose
+            how to cut the work, since they look at nothing else on the host.
     """
 
     block_table: Tensor
@@ -40,6 +42,7 @@ class Batch(NamedTuple):
     unwritten: Tensor
     block_size: int
     num_reqs: int
+    longest: int = 0
 
 
 def mask_words(block_size: int) -> int:
@@ -126,7 +129,7 @@ def plan_requests(batch: Batch, num_tokens: int, num_blocks: int) -> list[Reques
     """Check every index a step will use, before the step changes anything; requests without tokens are left
     out, the others sorted by context (see `PagedOps.page_scan`).
     """
-    block_table, query_start_loc, seq_lens, write_limit, _, block_size, num_reqs = batch
+    block_table, query_start_loc, seq_lens, write_limit, _, block_size, num_reqs, _ = batch
     _check_sizes(batch)
     starts = query_start_loc[: num_reqs + 1].tolist()
     lengths = seq_lens[:num_reqs].tolist()
