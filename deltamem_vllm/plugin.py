@@ -104,7 +104,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "kernel": {
         "choices": ["auto", "native", "triton", "torch"],
-        "help": "Delta-rule operators: auto takes the compiled ones, on a GPU else Triton's, and says why (default auto).",
+        "help": "Delta-rule operators: auto takes the compiled ones, on a GPU else Triton's (default auto).",
     },
 }
 

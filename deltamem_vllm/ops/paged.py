@@ -193,7 +193,9 @@ def check_page_scan_tensors(
     _check("seq_lens", batch.seq_lens, torch.int32, (None,))
     _check_sizes(batch)
     if batch.block_table.stride(1) != 1 and batch.block_table.shape[1] > 1:
-        raise ValueError(f"block_table: the entries of a row must be contiguous, got stride {batch.block_table.stride()}")
+        raise ValueError(
+            f"block_table: the entries of a row must be contiguous, got stride {batch.block_table.stride()}"
+        )
     contiguous = {"projected": projected, "bias": bias, "reads": reads, **batch._asdict()}
     for name in ("projected", "bias", "reads", "query_start_loc", "seq_lens", "write_limit", "unwritten"):
         if not contiguous[name].is_contiguous():

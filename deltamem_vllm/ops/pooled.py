@@ -51,7 +51,8 @@ class Book:
 
 
 class PoolOps(Protocol):
-    """What the session pool needs. Nothing is read from the host or waited for; sizes: n orders, L layers, M staged rows.
+    """What the session pool needs. Nothing is read from the host or waited for. Sizes: n orders, L layers, M staged
+    rows.
 
     Where the kernels run on a GPU, staging may be pinned host memory; who reads it there waits for the stream first.
     An order that does not fit is not followed: a take gives NaN, a seed writes nothing. The caller, who made the
@@ -111,7 +112,9 @@ def check_pool(
         if tensor.dtype != torch.int32 or tensor.shape != orders[0].shape or tensor.dim() != 1:
             raise ValueError(f"orders: expected int32 [{len(orders[0])}], got {tensor.dtype} {[*tensor.shape]}")
     if book.layers[0].shape[1] < shape.content_floats(book.block_size):
-        raise ValueError(f"pages: {shape} needs {shape.content_floats(book.block_size)} floats, got {book.layers[0].shape[1]}")
+        raise ValueError(
+            f"pages: {shape} needs {shape.content_floats(book.block_size)} floats, got {book.layers[0].shape[1]}"
+        )
 
 
 class LayerByLayer:

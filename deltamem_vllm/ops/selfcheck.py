@@ -29,7 +29,9 @@ def why_not(ops: PagedOps, device: torch.device) -> str | None:
         got, got_after = _run(ops, device, projected, bias, pages)
     except Exception as error:  # noqa: BLE001  whatever a driver or a compiler throws: another implementation serves
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    worst = max(float((got - reads).abs().nan_to_num(1e9).max()), float((got_after - after).abs().nan_to_num(1e9).max()))
+    worst = max(
+        float((got - reads).abs().nan_to_num(1e9).max()), float((got_after - after).abs().nan_to_num(1e9).max())
+    )
     return None if worst <= TOLERANCE else f"its answer is off by {worst:.1e}"
 
 

@@ -28,6 +28,17 @@ import triton.language as tl
 
 REQUESTS_AT_ONCE = tl.constexpr(128)
 
+# Sizes differ from step to step: compiled once for all of them, not once per 1, multiple of 16 and other.
+_SIZES = (
+    "page_stride", "num_blocks", "table_stride", "table_width", "num_tokens", "num_rows", "num_reqs", "N", "num_slots",
+    "num_staged",
+)  # fmt: skip
+
+
+def _kernel(function):  # type: ignore[no-untyped-def]
+    sizes = [name for name in function.__code__.co_varnames[: function.__code__.co_argcount] if name in _SIZES]
+    return triton.jit(function, do_not_specialize=sizes)
+
 
 @triton.jit
 def _tanh(x):
@@ -118,7 +129,7 @@ def _source(
     return found
 
 
-@triton.jit
+@_kernel
 def page_scan_kernel(
     projected, bias, pages, page_stride, num_blocks, block_table, table_stride, table_width, query_start_loc, seq_lens,
     write_limit, unwritten, reads, num_tokens, num_rows, num_reqs, N,
@@ -232,9 +243,7 @@ def page_scan_kernel(
                     lam = _sigmoid(tl.load(gates + G, mask=inside, other=0.0).to(tl.float32) + lambda_bias)
 
                 read = tl.sum(state * q[None, :], 1)
-                tl.store(
-                    reads + token.to(tl.int64) * W + head * R + i, tl.where(alive, read, 0.0), mask=inside & own
-                )
+                tl.store(reads + token.to(tl.int64) * W + head * R + i, tl.where(alive, read, 0.0), mask=inside & own)
                 log = page + W * R + slot * LOG
                 keep = own & alive
                 tl.store(log + head * R + i, tl.where(write, k, 0.0), mask=inside & keep)
@@ -251,7 +260,7 @@ def page_scan_kernel(
             tl.store(reads + (row + far) * W + head * R + i, zeros, mask=inside)
 
 
-@triton.jit
+@_kernel
 def page_state_kernel(
     pages, page_stride, num_blocks, block_ids, counts, out, N,
     R: tl.constexpr, RP: tl.constexpr, H: tl.constexpr, RANKWISE: tl.constexpr, HAS_LAMBDA: tl.constexpr,
@@ -274,7 +283,7 @@ def page_state_kernel(
     tl.store(out + entry.to(tl.int64) * (W * R) + corner, state, mask=square)
 
 
-@triton.jit
+@_kernel
 def take_kernel(
     addresses, page_stride, num_blocks, block_ids, counts, slots, num_slots, states, staging, N,
     L: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, H: tl.constexpr, RANKWISE: tl.constexpr,
@@ -302,7 +311,7 @@ def take_kernel(
         tl.store(staging + (entry.to(tl.int64) * L + layer) * (W * R) + corner, state, mask=square)
 
 
-@triton.jit
+@_kernel
 def seed_kernel(
     addresses, page_stride, num_blocks, block_ids, sources, num_slots, states, num_staged, staging,
     L: tl.constexpr, FLOATS: tl.constexpr, POWER: tl.constexpr, STAGED: tl.constexpr,

@@ -20,9 +20,7 @@ from deltamem_vllm.ops.paged_torch import TorchOps
 
 BLOCK = 16
 #: Qwen3-4B with the released adapter: one head of rank 8, corrections on q and o.
-SHAPE = MemoryShape(
-    rank=8, heads=1, rankwise_gates=True, couple_lambda=True, update_mode="standard", normalize_qk=True
-)
+SHAPE = MemoryShape(rank=8, heads=1, rankwise_gates=True, couple_lambda=True, update_mode="standard", normalize_qk=True)
 
 
 @dataclass

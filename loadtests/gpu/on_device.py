@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.paged import Batch
-from deltamem_vllm.ops.pooled import Book
+from deltamem_vllm.ops.pooled import Book, LayerByLayer
 
 
 class OnDevice:
@@ -18,6 +18,7 @@ class OnDevice:
 
     def __init__(self, ops: Any, device: torch.device) -> None:
         self._ops, self._device = ops, device
+        self._pool = ops if hasattr(ops, "take") else LayerByLayer(ops)
         self.name, self.description, self.graph_safe = ops.name, ops.description, ops.graph_safe
 
     def _there(self, tensor: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class OnDevice:
         own = self._there(states)
         pinned = None if staging is None else self._pin(staging)
         orders = (self._there(x) for x in (block_ids, counts, slots))
-        self._ops.take(shape, own_book, *orders, own, pinned)
+        self._pool.take(shape, own_book, *orders, own, pinned)
         self._wait()
         self._back(own, states)
         if staging is not None and pinned is not None:
@@ -71,7 +72,7 @@ class OnDevice:
         own_book = self._book(book)
         own = self._there(states)
         pinned = None if staging is None else self._pin(staging)
-        self._ops.seed(shape, own_book, self._there(block_ids), self._there(sources), own, pinned)
+        self._pool.seed(shape, own_book, self._there(block_ids), self._there(sources), own, pinned)
         self._wait()
         self._back(own, states)
         for there, here in zip(own_book.layers, book.layers, strict=True):

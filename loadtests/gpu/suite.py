@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from deltamem_vllm.ops.cuda import CUDA_LIBRARY, CudaOps
+from deltamem_vllm.ops.layout import UPDATE_MODES
 from deltamem_vllm.ops.paged import PagedOps
 from deltamem_vllm.ops.paged_torch import TorchOps
 from loadtests.gpu.on_device import OnDevice
+from tests.ops import test_paged as paged
 from tests.ops import test_refusals as refusals
 from tests.ops.paging import FEW_SHAPES, World, make_shape, name_of, random_inputs, truth
 from tests.ops.test_paged import *  # noqa: F403
@@ -48,6 +51,27 @@ def ops(request: pytest.FixtureRequest) -> PagedOps:
     return _make(request.param)
 
 
+@pytest.fixture
+def pool(ops: PagedOps) -> PagedOps:
+    return ops
+
+
+#: Triton compiles for 3 s per shape, so it gets one of each kind; the interpreter has seen the others.
+SHAPES = [
+    make_shape(8, 1, rankwise_gates=rankwise, couple_lambda=couple, update_mode=mode)
+    for rankwise, couple, mode in itertools.product((True, False), (True, False), UPDATE_MODES)
+] + [make_shape(rank, heads) for rank, heads in ((1, 4), (4, 3), (5, 2), (8, 4), (16, 1), (33, 1))]
+PAIRS = [("torch", FEW_SHAPES[0])] if TINY else [(name, x) for name in ("cuda", "cuda in chunks") for x in SHAPES]
+PAIRS += [] if TINY else [("triton", shape) for shape in FEW_SHAPES]
+
+
+@pytest.mark.parametrize(
+    ("ops", "shape"), PAIRS, indirect=["ops"], ids=lambda x: x if isinstance(x, str) else name_of(x)
+)
+def test_scan_is_the_reference(ops: PagedOps, shape: Any) -> None:
+    paged.test_scan_is_the_reference(ops, shape)
+
+
 def test_write_limit_freezes_the_state(ops: PagedOps) -> None:
     """Nearly: chunks pass a frozen state on by a product."""
     shape = FEW_SHAPES[0]
@@ -77,6 +101,4 @@ def test_a_long_prefill(ops: PagedOps, shape: Any) -> None:
     world = World(shape, num_blocks=tokens // 16 + 2)
     world.seed(0, state)
     reads = world.scan(ops, bias, [(projected, 0, list(range(tokens // 16 + 1)))])
-    torch.testing.assert_close(
-        reads.double(), truth(shape, projected, bias, state)[0], rtol=0, atol=KERNEL_READS
-    )
+    torch.testing.assert_close(reads.double(), truth(shape, projected, bias, state)[0], rtol=0, atol=KERNEL_READS)

@@ -25,7 +25,7 @@ from tests.ops.test_paged import (  # noqa: F401
     test_rows_of_no_request_read_zero,
     test_unwritten_tokens_leave_no_trace_of_bad_numbers,
 )
-from tests.ops.test_pooled import pool, test_refusals_of_the_pool  # noqa: F401
+from tests.ops.test_pooled import test_refusals_of_the_pool  # noqa: F401
 from tests.ops.test_schedules import test_infinite_gates_and_keys  # noqa: F401
 from tests.tolerances import KERNEL_READS, KERNEL_STATE
 
@@ -83,9 +83,7 @@ def test_activations_hold_at_every_scale(ops: PagedOps, scale: float) -> None:
     world = World(PLAIN)
     world.seed(3, state)
     reads = world.scan(ops, bias, [(projected, 0, [3])])
-    torch.testing.assert_close(
-        reads.double(), truth(PLAIN, projected, bias, state)[0], rtol=0, atol=KERNEL_READS
-    )
+    torch.testing.assert_close(reads.double(), truth(PLAIN, projected, bias, state)[0], rtol=0, atol=KERNEL_READS)
 
 
 @plain_and_odd

@@ -1,7 +1,7 @@
 """The CUDA kernels: their source, emulated on a CPU, against the reference; and that a CUDA compiler takes them.
 
-Emulation runs blocks one after another in an order that differs from launch to launch, with shared memory full of NaN, and
-ends the process at a barrier that threads reach at different lines. Once in one launch, once cut into chunks.
+Emulation runs blocks one after another in an order that differs from launch to launch, with shared memory full of NaN,
+and ends the process at a barrier that threads reach at different lines. Once in one launch, once cut into chunks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ from tests.ops.test_paged import (  # noqa: F401
     test_rows_of_no_request_read_zero,
     test_unwritten_tokens_leave_no_trace_of_bad_numbers,
 )
-from tests.ops.test_pooled import pool, test_refusals_of_the_pool  # noqa: F401
+from tests.ops.test_pooled import test_refusals_of_the_pool  # noqa: F401
 from tests.ops.test_schedules import test_infinite_gates_and_keys  # noqa: F401
 
 SHAPES = [
@@ -168,6 +169,33 @@ def test_long_prefills_are_cut_by_themselves() -> None:
     paged.close(world.state_after(ops, list(range(44)), 700), final, paged.KERNEL_STATE)
 
 
+PLANTED = """
+import torch
+from deltamem_vllm.ops.cuda import CudaOps
+from tests.ops import cuda_emulated, test_sharing
+from tests.ops.paging import FEW_SHAPES
+ops = CudaOps(cuda_emulated.library(("return found;", "return -1;")), chunk={chunk})
+wrong = 0
+for seed in range(4):
+    try:
+        test_sharing.test_any_forest_of_requests_that_share_pages(ops, FEW_SHAPES[0], seed)
+    except AssertionError:
+        wrong += 1
+print("wrong", wrong)
+"""
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_the_tests_notice_kernels_that_read_what_their_launch_writes(chunk: int) -> None:
+    """The same kernels without the search for sources: right or wrong as the blocks happen to run."""
+    run = subprocess.run(
+        [sys.executable, "-c", PLANTED.format(chunk=chunk)], cwd=cuda_emulated.ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(cuda_emulated.ROOT)}, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[-1]) > 0
+
+
 def test_a_rank_without_a_kernel_is_refused_with_the_remedy() -> None:
     shape = make_shape(65)
     world = paged.World(shape, num_blocks=2)
@@ -205,13 +233,11 @@ def test_the_bindings_compile_against_cuda(tmp_path: Path) -> None:
     if nvcc is None:
         assert cuda_emulated.library().is_file()
         return
-    headers = Path(nvcc).resolve().parents[1] / "include"
-    torch_headers = Path(torch.__file__).parent / "include"
     run = subprocess.run(
         [
-            *os.environ.get("CXX", "g++").split(), "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror",
-            "-isystem", str(torch_headers), "-isystem", str(headers), "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            "-DUSE_CUDA", str(cuda_emulated.CSRC / "bindings" / "cuda_ops.cpp"),
+            nvcc, "-c", "-std=c++17", "-Xcompiler", "-Wall,-Wextra,-Werror", "-isystem",
+            str(Path(torch.__file__).parent / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
+            str(cuda_emulated.CSRC / "bindings" / "cuda_ops.cpp"), "-o", str(tmp_path / "bindings.o"),
         ],
         capture_output=True, text=True, check=False,
     )  # fmt: skip

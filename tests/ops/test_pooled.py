@@ -7,17 +7,12 @@ import torch
 
 from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.paged import PagedOps
-from deltamem_vllm.ops.pooled import EMPTY, NO_SLOT, Book, LayerByLayer, PoolOps, staged
+from deltamem_vllm.ops.pooled import EMPTY, NO_SLOT, Book, PoolOps, staged
 from tests.ops.paging import FEW_SHAPES, UNTOUCHED, World, int32, name_of, random_inputs, truth
 from tests.tolerances import KERNEL_STATE
 
-__all__ = ["pool", "test_refusals_of_the_pool", "test_seeds_go_where_they_should_and_nowhere_else", "test_takes"]
+__all__ = ["test_refusals_of_the_pool", "test_seeds_go_where_they_should_and_nowhere_else", "test_takes"]
 LAYERS = 3
-
-
-@pytest.fixture
-def pool(ops: PagedOps) -> PoolOps:
-    return ops if hasattr(ops, "take") else LayerByLayer(ops)  # type: ignore[return-value]
 
 
 def _worlds(shape: MemoryShape) -> tuple[list[World], Book]:
@@ -74,7 +69,7 @@ def test_refusals_of_the_pool(pool: PoolOps) -> None:
     states = _states(shape, 2, 0)
     with pytest.raises((ValueError, RuntimeError), match="states"):
         pool.seed(shape, book, int32([1]), int32([0]), states[:, :2], None)
-    with pytest.raises((ValueError, RuntimeError), match="orders|counts"):
+    with pytest.raises((ValueError, RuntimeError), match=r"orders|counts"):
         pool.take(shape, book, int32([1]), int32([0, 1]), int32([0]), states, None)
     with pytest.raises((ValueError, RuntimeError), match="staging"):
         pool.take(shape, book, int32([1, 2]), int32([0, 1]), int32([0, 1]), states, states[:1])

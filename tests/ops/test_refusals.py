@@ -29,6 +29,7 @@ def good() -> dict[str, Any]:
         "unwritten": torch.zeros((4, 1), dtype=torch.int32),
         "block_size": N,
         "num_reqs": 2,
+        "longest": 0,
     }
 
 
