@@ -20,10 +20,13 @@ def why_not(ops: PagedOps, device: torch.device) -> str | None:
 
     Two requests, of 6 and 3 tokens on pages of 4; the second starts behind the page that the first one fills.
     """
-    generator = torch.Generator().manual_seed(0)
-    projected = torch.randn(9, _SHAPE.projected_columns, generator=generator)
-    bias = torch.randn(_SHAPE.bias_columns, generator=generator)
-    pages = torch.randn(5, _SHAPE.page_floats(_N), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(*sizes: int) -> torch.Tensor:  # models are built under other defaults of dtype and device
+        return torch.randn(sizes, generator=generator, dtype=torch.float32, device="cpu")
+
+    projected, bias = random(9, _SHAPE.projected_columns), random(_SHAPE.bias_columns)
+    pages = random(5, _SHAPE.page_floats(_N))
     try:
         reads, after = _run(TorchOps(), torch.device("cpu"), projected, bias, pages)
         got, got_after = _run(ops, device, projected, bias, pages)
@@ -51,6 +54,6 @@ def _run(
         block_size=_N,
         num_reqs=2,
     )
-    reads = torch.full((9, _SHAPE.width), float("nan"), device=device)
+    reads = torch.full((9, _SHAPE.width), float("nan"), dtype=torch.float32, device=device)
     ops.page_scan(_SHAPE, projected.to(device), bias.to(device), own, batch, reads)
     return reads.cpu(), own.cpu()

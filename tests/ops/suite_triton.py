@@ -137,8 +137,7 @@ def test_pages_filled_and_hit_in_the_same_step(ops: PagedOps, order: list[int]) 
     paged.test_pages_filled_and_hit_in_the_same_step(ops, PLAIN, order)
 
 
-@plain_and_odd
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("seed", "shape"), [(0, PLAIN), (1, PLAIN), (2, PLAIN), (3, FEW_SHAPES[3])])
 def test_any_forest_of_requests_that_share_pages(ops: PagedOps, shape: MemoryShape, seed: int) -> None:
     sharing.test_any_forest_of_requests_that_share_pages(ops, shape, seed)
 

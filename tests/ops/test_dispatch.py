@@ -125,6 +125,17 @@ def test_what_works_on_a_device_is_chosen() -> None:
     assert why_not(_OnCpu(Path()), torch.device("cpu")) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_trial_does_not_depend_on_the_defaults_under_which_a_model_is_built(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert why_not(_OnCpu(Path()), torch.device("cpu")) is None
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_ops_imports_nothing_of_ours() -> None:
     for path in Path(deltamem_vllm.ops.__path__[0]).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 TRITON = os.environ.get("DELTAMEM_TEST_TRITON") or str(Path(sys.prefix) / "triton")
 
 
+@pytest.mark.timeout(1200)  # half a minute of computing
 def test_the_suite_passes_in_the_interpreter() -> None:
     if not Path(TRITON, "triton").is_dir():
         pytest.fail(
