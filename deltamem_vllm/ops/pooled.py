@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Book:
         return Book(tuple(layers), addresses, block_size)
 
 
+@runtime_checkable
 class PoolOps(Protocol):
     """What the session pool needs. Nothing is read from the host or waited for. Sizes: n orders, L layers, M staged
     rows.
@@ -140,9 +141,9 @@ class LayerByLayer:
         taken = states.new_empty((len(book.layers), len(block_ids), *states.shape[2:]))
         for layer, pages in enumerate(book.layers):
             self._ops.page_state(shape, pages, block_ids, counts, book.block_size, taken[layer])
-        for entry, slot in enumerate(slots.tolist()):
-            if slot != NO_SLOT:
-                states[slot] = taken[:, entry]
+        pooled = [(row, slot) for row, slot in enumerate(slots.tolist()) if slot != NO_SLOT]
+        if pooled:
+            states[[slot for _, slot in pooled]] = taken[:, [row for row, _ in pooled]].transpose(0, 1)
         if staging is not None:
             staging[: len(block_ids)] = taken.transpose(0, 1).to(staging.device)
 
@@ -157,14 +158,21 @@ class LayerByLayer:
     ) -> None:
         """See `PoolOps.seed`."""
         check_pool(shape, book, (block_ids, sources), states, staging)
-        for block, source in zip(block_ids.tolist(), sources.tolist(), strict=True):
-            if source >= 0:
-                bases = states[source]
-            elif source == EMPTY:
-                bases = torch.zeros_like(states[0])
-            elif staging is not None:
-                bases = staging[-2 - source].to(states.device)
-            else:
-                raise ValueError(f"seed of block {block}: source {source} is a staged row, but nothing is staged")
-            for layer, pages in enumerate(book.layers):
-                pages[block, : shape.state_floats] = bases[layer].flatten()
+        given = sources.tolist()
+        pooled = [row for row, source in enumerate(given) if source >= 0]
+        filled = [row for row, source in enumerate(given) if source < EMPTY]
+        bases = states.new_zeros((len(given), *states.shape[1:]))
+        if pooled:
+            bases[pooled] = states[[given[row] for row in pooled]]
+        if filled:
+            if staging is None:
+                raise ValueError(f"seed: source {given[filled[0]]} is a staged row, but nothing is staged")
+            bases[filled] = staging[[-2 - given[row] for row in filled]].to(states.device)
+        blocks = block_ids.tolist()
+        for layer, pages in enumerate(book.layers):
+            pages[blocks, : shape.state_floats] = bases[:, layer].flatten(1)
+
+
+def pool_ops(ops: PagedOps) -> PoolOps:
+    """Seeds and takes of an implementation: its own where it has them, else layer by layer."""
+    return ops if isinstance(ops, PoolOps) else LayerByLayer(ops)

@@ -13,7 +13,7 @@ import torch
 
 from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
-from deltamem_vllm.ops.pooled import Book, LayerByLayer
+from deltamem_vllm.ops.pooled import Book, pool_ops
 from loadtests.gpu.common import BLOCK, SHAPE, Part, median_us
 
 LAYERS = 36
@@ -146,7 +146,7 @@ def pool(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
     for name, kernel in ops.items():
         if name == "cuda, one launch":
             continue
-        own: Any = kernel if hasattr(kernel, "take") else LayerByLayer(kernel)
+        own = pool_ops(kernel)
         own.seed(SHAPE, book, blocks, slots, states, None)
         taken = torch.full_like(states, float("nan"))
         own.take(SHAPE, book, blocks, none, slots, taken, None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.paged import Batch
-from deltamem_vllm.ops.pooled import Book, LayerByLayer
+from deltamem_vllm.ops.pooled import Book, pool_ops
 
 
 class OnDevice:
@@ -18,7 +18,7 @@ class OnDevice:
 
     def __init__(self, ops: Any, device: torch.device) -> None:
         self._ops, self._device = ops, device
-        self._pool = ops if hasattr(ops, "take") else LayerByLayer(ops)
+        self._pool = pool_ops(ops)
         self.name, self.description, self.graph_safe = ops.name, ops.description, ops.graph_safe
 
     def _there(self, tensor: Tensor) -> Tensor:

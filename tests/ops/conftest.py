@@ -8,7 +8,7 @@ import torch
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.ops.dispatch import select
 from deltamem_vllm.ops.paged import PagedOps
-from deltamem_vllm.ops.pooled import LayerByLayer, PoolOps
+from deltamem_vllm.ops.pooled import PoolOps, pool_ops
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable", "torch"])
@@ -33,4 +33,4 @@ def ops(request: pytest.FixtureRequest) -> Iterator[PagedOps]:
 @pytest.fixture
 def pool(ops: PagedOps) -> PoolOps:
     """Seeds and takes: the implementation's own, or layer by layer."""
-    return ops if hasattr(ops, "take") else LayerByLayer(ops)  # type: ignore[return-value]
+    return pool_ops(ops)

@@ -7,7 +7,8 @@ import torch
 
 from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.paged import PagedOps
-from deltamem_vllm.ops.pooled import EMPTY, NO_SLOT, Book, PoolOps, staged
+from deltamem_vllm.ops.paged_torch import TorchOps
+from deltamem_vllm.ops.pooled import EMPTY, NO_SLOT, Book, LayerByLayer, PoolOps, staged
 from tests.ops.paging import FEW_SHAPES, UNTOUCHED, World, int32, name_of, random_inputs, truth
 from tests.tolerances import KERNEL_STATE
 
@@ -75,4 +76,6 @@ def test_refusals_of_the_pool(pool: PoolOps) -> None:
         pool.take(shape, book, int32([1, 2]), int32([0, 1]), int32([0, 1]), states, states[:1])
     with pytest.raises(ValueError, match="alike"):
         Book.of([worlds[0].pages, worlds[1].pages[:4]], 16)
+    with pytest.raises(ValueError, match="nothing is staged"):
+        LayerByLayer(TorchOps()).seed(shape, book, int32([1]), int32([staged(0)]), states, None)
     assert all((world.whole == UNTOUCHED).all() for world in worlds)
