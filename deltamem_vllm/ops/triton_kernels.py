@@ -31,7 +31,7 @@ REQUESTS_AT_ONCE = tl.constexpr(128)
 # Sizes differ from step to step: compiled once for all of them, not once per 1, multiple of 16 and other.
 _SIZES = (
     "page_stride", "num_blocks", "table_stride", "table_width", "num_tokens", "num_rows", "num_reqs", "N", "num_slots",
-    "num_staged",
+    "num_staged", "num_chunks", "CHUNK",
 )  # fmt: skip
 
 
@@ -102,6 +102,50 @@ def _replay(
 
 
 @triton.jit
+def _activated(
+    projected, token, head, beta_bias, lambda_bias, R: tl.constexpr, RP: tl.constexpr, H: tl.constexpr,
+    RANKWISE: tl.constexpr, HAS_LAMBDA: tl.constexpr, MODE: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """One token and head of the fused projection: q, k, v, β, λ, [RP] each."""
+    i = tl.arange(0, RP)
+    inside = i < R
+    W: tl.constexpr = H * R
+    G: tl.constexpr = W if RANKWISE else H
+    C: tl.constexpr = 3 * W + (2 * G if HAS_LAMBDA else G)
+    row = projected + token.to(tl.int64) * C + head * R + i
+    q = _normalize(tl.load(row, mask=inside, other=0.0).to(tl.float32), NORMALIZE)
+    k = _normalize(tl.load(row + W, mask=inside, other=0.0).to(tl.float32), NORMALIZE)
+    v = tl.load(row + 2 * W, mask=inside, other=0.0).to(tl.float32)
+    gates = projected + token.to(tl.int64) * C + 3 * W + (head * R + i if RANKWISE else head + 0 * i)
+    beta = _sigmoid(tl.load(gates, mask=inside, other=0.0).to(tl.float32) + beta_bias)
+    lam = 1.0 - beta
+    if MODE == 2:
+        lam = tl.full((RP,), 1.0, tl.float32)
+    if HAS_LAMBDA:
+        lam = _sigmoid(tl.load(gates + G, mask=inside, other=0.0).to(tl.float32) + lambda_bias)
+    return q, k, v, beta, lam
+
+
+@triton.jit
+def _append(
+    log, head, k, v, beta, lam, write, keep, R: tl.constexpr, RP: tl.constexpr, H: tl.constexpr,
+    RANKWISE: tl.constexpr, HAS_LAMBDA: tl.constexpr,
+):  # fmt: skip
+    """Store one head's columns of a log row, where ``keep``; of an idle row, where the token is not written."""
+    i = tl.arange(0, RP)
+    inside = i < R
+    W: tl.constexpr = H * R
+    G: tl.constexpr = W if RANKWISE else H
+    gate = head * R + i if RANKWISE else head + 0 * i
+    stored = inside if RANKWISE else i == 0  # one store per gate column
+    tl.store(log + head * R + i, tl.where(write, k, 0.0), mask=inside & keep)
+    tl.store(log + W + head * R + i, tl.where(write, v, 0.0), mask=inside & keep)
+    tl.store(log + 2 * W + gate, tl.where(write, beta, 0.0), mask=stored & keep)
+    if HAS_LAMBDA:
+        tl.store(log + 2 * W + G + gate, tl.where(write, lam, 1.0), mask=stored & keep)
+
+
+@triton.jit
 def _source(
     request, context, block_table, table_stride, query_start_loc, seq_lens, write_limit, num_reqs, num_tokens,
     num_blocks, N,
@@ -148,9 +192,7 @@ def page_scan_kernel(
     W: tl.constexpr = H * R
     G: tl.constexpr = W if RANKWISE else H
     LOG: tl.constexpr = 2 * W + (2 * G if HAS_LAMBDA else G)
-    C: tl.constexpr = LOG + W
     gate = head * R + i if RANKWISE else head + 0 * i
-    stored = inside if RANKWISE else i == 0  # one store per gate column
     words = (N + 31) // 32
     zeros = tl.zeros((RP,), tl.float32)
     far = tl.zeros((), tl.int64)  # widens offsets
@@ -230,27 +272,14 @@ def page_scan_kernel(
                 word = tl.load(unwritten + safe * words + slot // 32)
                 write = alive & (position < limit) & (((word >> (slot % 32)) & 1) == 0)
 
-                row = projected + token.to(tl.int64) * C + head * R + i
-                q = _normalize(tl.load(row, mask=inside, other=0.0).to(tl.float32), NORMALIZE)
-                k = _normalize(tl.load(row + W, mask=inside, other=0.0).to(tl.float32), NORMALIZE)
-                v = tl.load(row + 2 * W, mask=inside, other=0.0).to(tl.float32)
-                gates = projected + token.to(tl.int64) * C + 3 * W + gate
-                beta = _sigmoid(tl.load(gates, mask=inside, other=0.0).to(tl.float32) + beta_bias)
-                lam = 1.0 - beta
-                if MODE == 2:
-                    lam = zeros + 1.0
-                if HAS_LAMBDA:
-                    lam = _sigmoid(tl.load(gates + G, mask=inside, other=0.0).to(tl.float32) + lambda_bias)
-
+                q, k, v, beta, lam = _activated(
+                    projected, token, head, beta_bias, lambda_bias, R, RP, H, RANKWISE, HAS_LAMBDA, MODE, NORMALIZE
+                )
                 read = tl.sum(state * q[None, :], 1)
                 tl.store(reads + token.to(tl.int64) * W + head * R + i, tl.where(alive, read, 0.0), mask=inside & own)
-                log = page + W * R + slot * LOG
-                keep = own & alive
-                tl.store(log + head * R + i, tl.where(write, k, 0.0), mask=inside & keep)
-                tl.store(log + W + head * R + i, tl.where(write, v, 0.0), mask=inside & keep)
-                tl.store(log + 2 * W + gate, tl.where(write, beta, 0.0), mask=stored & keep)
-                if HAS_LAMBDA:
-                    tl.store(log + 2 * W + G + gate, tl.where(write, lam, 1.0), mask=stored & keep)
+                _append(
+                    page + W * R + slot * LOG, head, k, v, beta, lam, write, own & alive, R, RP, H, RANKWISE, HAS_LAMBDA
+                )
                 state = tl.where(write, _write(state, k, v, beta, lam, MODE), state)
                 position += 1
                 token += 1

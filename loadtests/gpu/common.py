@@ -60,11 +60,13 @@ class Part:
             return {"torch": TorchOps()}
         found: dict[str, PagedOps] = {}
         library = self.out / CUDA_LIBRARY
-        for name, make in (
+        made: tuple[tuple[str, Callable[[], PagedOps]], ...] = (
             ("cuda", lambda: CudaOps(library)),
             ("cuda, one launch", lambda: CudaOps(library, chunk=0)),
             ("triton", _triton),
-        ):
+            ("triton, one launch", lambda: _triton(chunk=0)),
+        )
+        for name, make in made:
             try:
                 found[name] = make()
             except Exception as error:  # noqa: BLE001  one missing library must not hide the others
@@ -109,10 +111,10 @@ class Part:
         return graph.replay
 
 
-def _triton() -> PagedOps:
+def _triton(chunk: int = -1) -> PagedOps:
     from deltamem_vllm.ops.triton_ops import TritonOps
 
-    return TritonOps()
+    return TritonOps(chunk)
 
 
 def median_us(seconds: list[float]) -> float:

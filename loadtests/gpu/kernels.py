@@ -95,6 +95,7 @@ def node(part: Part) -> None:
 
 def decode(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
     """One token of each request, half a block to replay, a hundred steps to a graph."""
+    ops = {name: kernel for name, kernel in ops.items() if not name.endswith("one launch")}  # decodes always are
     inner = 2 if part.tiny else 100
     for heads in (1, 4):
         shape = MemoryShape(**{**SHAPE.__dict__, "heads": heads})
@@ -109,7 +110,7 @@ def decode(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
 
 
 def prefill(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
-    """Whole prompts on one layer. ``cuda, one launch`` walks over the tokens in order, as the official kernel does."""
+    """Whole prompts on one layer. ``one launch`` walks over the tokens in order, as the official kernel does."""
     sizes = [(1, 64)] if part.tiny else [(1, 512), (1, 8192), (1, 32768), (64, 128), (8, 2048)]
     for requests, rows in sizes:
         step = Step(part, SHAPE, requests, 0, rows)
@@ -117,8 +118,9 @@ def prefill(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
         row: dict[str, Any] = {"floor of its bytes": round(step.bytes(0) / bandwidth * 1e6, 3)}
         for name, kernel in ops.items():
             row[name] = median_us(part.seconds(part.captured(lambda kernel=kernel, step=step: step.run(kernel))))
-        if "cuda" in row and "cuda, one launch" in row:
-            row["one launch / cuda"] = round(row["cuda, one launch"] / row["cuda"], 1)
+        for name in ("cuda", "triton"):
+            if name in row and f"{name}, one launch" in row:
+                row[f"{name}: one launch / chunks"] = round(row[f"{name}, one launch"] / row[name], 1)
         part.note(f"prefill us, {requests} x {rows} tokens", row)
 
 
@@ -144,7 +146,7 @@ def pool(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
     none = torch.zeros_like(blocks)
     moved = 2 * states.numel() * 4
     for name, kernel in ops.items():
-        if name == "cuda, one launch":
+        if name.endswith("one launch"):
             continue
         own = pool_ops(kernel)
         own.seed(SHAPE, book, blocks, slots, states, None)

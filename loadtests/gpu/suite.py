@@ -43,10 +43,14 @@ def _make(name: str) -> OnDevice:
         from deltamem_vllm.ops.triton_ops import TritonOps
 
         return OnDevice(TritonOps(), device)
+    if name == "triton in chunks":
+        from loadtests.gpu.triton_in_chunks import TritonInChunks
+
+        return OnDevice(TritonInChunks(), device)
     return OnDevice((InChunks if name == "cuda in chunks" else CudaOps)(library), device)
 
 
-@pytest.fixture(params=["torch"] if TINY else ["cuda", "cuda in chunks", "triton"])
+@pytest.fixture(params=["torch"] if TINY else ["cuda", "cuda in chunks", "triton", "triton in chunks"])
 def ops(request: pytest.FixtureRequest) -> PagedOps:
     return _make(request.param)
 
@@ -62,7 +66,7 @@ SHAPES = [
     for rankwise, couple, mode in itertools.product((True, False), (True, False), UPDATE_MODES)
 ] + [make_shape(rank, heads) for rank, heads in ((1, 4), (4, 3), (5, 2), (8, 4), (16, 1), (33, 1))]
 PAIRS = [("torch", FEW_SHAPES[0])] if TINY else [(name, x) for name in ("cuda", "cuda in chunks") for x in SHAPES]
-PAIRS += [] if TINY else [("triton", shape) for shape in FEW_SHAPES]
+PAIRS += [] if TINY else [(name, shape) for name in ("triton", "triton in chunks") for shape in FEW_SHAPES]
 
 
 @pytest.mark.parametrize(

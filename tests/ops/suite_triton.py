@@ -11,10 +11,12 @@ import itertools
 import pytest
 import torch
 
+from deltamem_vllm.ops import triton_ops
 from deltamem_vllm.ops.layout import UPDATE_MODES, MemoryShape
 from deltamem_vllm.ops.paged import PagedOps
 from deltamem_vllm.ops.pooled import PoolOps
 from deltamem_vllm.ops.triton_ops import TritonOps
+from loadtests.gpu.triton_in_chunks import TritonInChunks
 from tests.ops import test_paged as paged
 from tests.ops import test_pooled as pooled
 from tests.ops import test_refusals as refusals
@@ -44,11 +46,16 @@ def ops() -> PagedOps:
     return TritonOps()
 
 
+@pytest.fixture
+def in_chunks() -> PagedOps:
+    return TritonInChunks()
+
+
 @pytest.mark.parametrize("block_size", [4, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_scan_is_the_reference(ops: PagedOps, shape: MemoryShape, block_size: int) -> None:
     projected, bias, state = random_inputs(shape, 10)
-    blocks = [5, 2, 7, 3]
+    blocks = [5, 2, 7, 3, 1]
     world = World(shape, block_size=block_size, num_blocks=8)
     world.seed(5, state)
     world.mask(blocks, [2, 7])
@@ -57,8 +64,45 @@ def test_scan_is_the_reference(ops: PagedOps, shape: MemoryShape, block_size: in
     torch.testing.assert_close(reads[:10].double(), expected, rtol=0, atol=KERNEL_READS)
     assert (reads[10:] == 0).all()
     torch.testing.assert_close(world.state_after(ops, blocks, 10).double(), final, rtol=0, atol=KERNEL_STATE)
-    assert (world.whole[[0, 1, 4, 6]] == UNTOUCHED).all()
+    assert (world.whole[[0, 4, 6]] == UNTOUCHED).all()
     assert (world.whole[:, shape.content_floats(block_size) :] == UNTOUCHED).all()
+
+
+#: one of each kind
+CHUNKED = [PLAIN, make_shape(4, 2, couple_lambda=False), FEW_SHAPES[3], make_shape(4, update_mode="no_lambda")]
+
+
+@pytest.mark.parametrize("block_size", [2, 3])
+@pytest.mark.parametrize("shape", CHUNKED, ids=name_of)
+def test_scan_in_chunks_is_the_reference(in_chunks: PagedOps, shape: MemoryShape, block_size: int) -> None:
+    test_scan_is_the_reference(in_chunks, shape, block_size)
+
+
+@pytest.mark.parametrize(
+    ("seed", "shape"), [(0, PLAIN), (1, CHUNKED[1]), (2, PLAIN), (3, PLAIN), (4, PLAIN), (5, PLAIN)]
+)
+def test_any_forest_in_chunks(in_chunks: PagedOps, shape: MemoryShape, seed: int) -> None:
+    sharing.test_any_forest_of_requests_that_share_pages(in_chunks, shape, seed)
+
+
+def test_other_steps_in_chunks(in_chunks: PagedOps) -> None:
+    paged.test_memory_off_touches_no_page(in_chunks, PLAIN)
+    paged.test_a_mixed_batch_of_decodes_and_prefills(in_chunks)
+    paged.test_nothing_else_is_touched(in_chunks, PLAIN)
+
+
+def test_long_prefills_are_cut_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is served: chunks of its own choice, a short request beside it."""
+    monkeypatch.setattr(triton_ops, "WORTH_CHUNKS", 20)
+    monkeypatch.setattr(triton_ops, "SHORTEST_CHUNK", 8)
+    projected, bias, state = random_inputs(PLAIN, 21)
+    world = World(PLAIN, block_size=4)
+    world.seed(0, state)
+    world.seed(9, state)
+    reads = world.scan(TritonOps(), bias, [(projected, 0, [0, 1, 2, 3, 4, 5]), (projected[:3], 0, [9])], extra_rows=2)
+    expected = truth(PLAIN, projected, bias, state)[0]
+    torch.testing.assert_close(reads[:24].double(), torch.cat([expected, expected[:3]]), rtol=0, atol=KERNEL_READS)
+    assert (reads[24:] == 0).all()
 
 
 @plain_and_odd
