@@ -1,7 +1,8 @@
 // Test only: as much of CUDA as csrc/cuda uses, on a CPU, so that the kernels' own source can be compared with the
 // reference where there is no GPU. It proves their logic, indices and barriers, not their speed and not the compiler.
 //
-// Every thread of a block is a fiber. Blocks run one after another in an order that differs from launch to launch, with
+// Every thread of a block is a fiber that runs to the next barrier; between barriers the threads take turns in either
+// order, so that a missing one shows. Blocks run one after another in an order that differs from launch to launch, with
 // shared memory full of NaN. A barrier that not all threads reach, or that they reach at different lines, ends the
 // process.
 #pragma once
@@ -57,6 +58,8 @@ inline uint32_t values[1024];
 inline void (*body)(void*);
 inline void* body_of;
 
+inline uint32_t random_bits() { return random_state = random_state * 1664525u + 1013904223u; }
+
 inline float* shared_memory() { return memory.data(); }
 
 inline void barrier(bool warp, int line) {
@@ -99,7 +102,9 @@ inline void run_block(unsigned threads) {
   }
   for (;;) {
     bool ran = false, alive = false;
-    for (unsigned t = 0; t < threads; t++) {
+    const bool backwards = random_bits() & 0x10000u;
+    for (unsigned i = 0; i < threads; i++) {
+      const unsigned t = backwards ? threads - 1 - i : i;
       if (fibers[t].state == State::ready) {
         current = t;
         threadIdx = dim3(t, 0, 0);
@@ -130,8 +135,7 @@ void launch(dim3 grid, dim3 block, size_t shared_floats, Body call) {
   std::vector<unsigned> order(blocks);
   std::iota(order.begin(), order.end(), 0u);
   for (unsigned i = blocks; i > 1; i--) {
-    random_state = random_state * 1664525u + 1013904223u;
-    std::swap(order[i - 1], order[random_state % i]);
+    std::swap(order[i - 1], order[random_bits() % i]);
   }
   for (unsigned b : order) {
     blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
