@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv services demo serve test nightly lint bench clean
+.PHONY: help venv services demo serve test nightly lint bench bench-gpu clean
 
 help:
 	@echo 'make demo     a conversation with and without memory, through kill -9, restart and deletion'
@@ -20,6 +20,7 @@ help:
 	@echo 'make nightly  all tests with their campaigns at full size'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make bench    speed of the delta-rule operators and of durable commits on this machine'
+	@echo 'make bench-gpu  build, check and measure everything on one NVIDIA GPU (PY=python3: torch, Triton and nvcc, not vLLM)'
 	@echo 'make venv     only the environment ($(VENV); VENV=DIR for another)'
 	@echo 'make clean    remove the environment and everything that was built'
 
@@ -51,6 +52,10 @@ lint: venv
 
 bench: venv
 	@exec $(PY) -m loadtests
+
+# No environment of its own: the machine's torch is the one that fits its driver.
+bench-gpu:
+	@exec $(PY) -m loadtests.gpu $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-ci build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

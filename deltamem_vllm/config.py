@@ -50,7 +50,8 @@ class Settings(BaseModel):
         write: roles whose messages are written, separated by commas, or ``all``, or ``none``.
         history: what is done with a history that a client resends: ``full`` or ``elide``.
         history_keep: with ``elide``, how many of the messages that the memory holds are sent along as context.
-        kernel: ``auto`` takes the compiled operator where it loads, ``torch`` forces the slow fallback.
+        kernel: ``auto`` takes the compiled operators where they load, on a GPU else Triton's; ``torch`` forces the slow
+            fallback.
         key_file: tenants and the digests of their keys (`deltamem_vllm.server.tenants`); empty: none.
         open: serve sessions without any key to whoever can reach the server.
         secret_file: file whose bytes key the names that sessions have in the engine, in KV events and in logs; empty:
@@ -75,7 +76,7 @@ class Settings(BaseModel):
     write: str = "system,user,assistant"
     history: Literal["full", "elide"] = "full"
     history_keep: int = Field(default=2, ge=0, le=1000)
-    kernel: Literal["auto", "native", "torch"] = "auto"
+    kernel: Literal["auto", "native", "triton", "torch"] = "auto"
     key_file: str = ""
     open: bool = False
     secret_file: str = ""

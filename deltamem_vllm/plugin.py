@@ -103,8 +103,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "(default: fresh ones with each start).",
     },
     "kernel": {
-        "choices": ["auto", "native", "torch"],
-        "help": "Delta-rule operators: auto takes the compiled ones and says so if it cannot (default auto).",
+        "choices": ["auto", "native", "triton", "torch"],
+        "help": "Delta-rule operators: auto takes the compiled ones, on a GPU else Triton's (default auto).",
     },
 }
 

@@ -5,46 +5,20 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../cpu/delta_rule.h"
+#include "checks.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <typename... Parts>
-void require(bool fits, const Parts&... parts) {
-  if (fits) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
+using namespace deltamem_bindings;
 
 // -1 stands for any size.
 void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes) {
   require(tensor.is_cpu(), name, ": expected a CPU tensor");
-  require(tensor.scalar_type() == dtype, name, ": wrong dtype (scalar type ", static_cast<int>(tensor.scalar_type()),
-          ", expected ", static_cast<int>(dtype), ")");
-  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
-  int64_t d = 0;
-  if (fits)
-    for (int64_t want : sizes) {
-      fits = fits && (want < 0 || want == tensor.size(d));
-      d++;
-    }
-  if (fits) return;
-  std::ostringstream message;
-  message << name << ": expected shape [";
-  for (int64_t want : sizes) message << (want < 0 ? "any" : std::to_string(want)) << " ";
-  message << "], got [";
-  for (d = 0; d < tensor.dim(); d++) message << tensor.size(d) << " ";
-  message << "]";
-  throw std::runtime_error(message.str());
+  check_shape(name, tensor, dtype, sizes);
 }
 
 deltamem::Shape make_shape(int64_t rank, int64_t heads, bool rankwise, bool couple, int64_t mode, bool normalize) {
@@ -88,9 +62,6 @@ const int32_t* order_of(const int32_t* query_start_loc, const int32_t* seq_lens,
   std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return context(a) < context(b); });
   return order.data();
 }
-
-template <typename T>
-const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.data_ptr()); }
 
 // Every index that the kernel will follow; throws before anything has changed.
 void check_requests(const deltamem::ScanArgs& args, int64_t tokens, int64_t num_blocks, int64_t table_width) {

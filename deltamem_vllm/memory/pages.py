@@ -40,19 +40,28 @@ class PageMetadata:
         query_start_loc: [num_reqs + 1] int32, first token row of each request.
         seq_lens: [num_reqs] int32, context length including this step's tokens.
         block_table: [num_reqs, max_blocks] int32, kernel block ids.
+        longest: no request has more tokens than this in this step.
     """
 
     num_reqs: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    longest: int
 
 
 class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
     """Takes from vLLM's common metadata what the delta rule needs."""
 
-    # The operators here walk the batch on the host.
-    _cudagraph_support = AttentionCGSupport.NEVER
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Whole steps of decodes, drafts included, where the chosen kernels read nothing but device tensors whose
+        addresses stay; none where they walk the batch on the host."""
+        layers = vllm_config.compilation_config.static_forward_context.values()
+        pages = [layer for layer in layers if isinstance(layer, StatePages)]
+        if pages and all(layer.kernels.graph_safe for layer in pages):
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -61,7 +70,7 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PageMetadata:
         m = common_attn_metadata
-        return PageMetadata(m.num_reqs, m.query_start_loc, m.seq_lens, m.block_table_tensor)
+        return PageMetadata(m.num_reqs, m.query_start_loc, m.seq_lens, m.block_table_tensor, m.max_query_len)
 
 
 class PageBackend(AttentionBackend):

@@ -17,7 +17,7 @@ OP = "deltamem::scan"
 
 def kernels_for(device: torch.device, prefer: Preference = "auto") -> PagedOps:
     """The paged operators for a device; chosen, and announced, once per process."""
-    return select(device, prefer)
+    return select(device.type, prefer)
 
 
 def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, layer: str) -> None:
@@ -40,6 +40,7 @@ def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, laye
             pages.masks.unwritten,
             pages.tokens,
             step.num_reqs,
+            step.longest,
         ),
         reads,
     )

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.ops.cuda import CUDA_LIBRARY, CudaOps
 from deltamem_vllm.ops.native import LIBRARY, NativeOps, find_library
 from deltamem_vllm.ops.paged import PagedOps
 from deltamem_vllm.ops.paged_torch import TorchOps
+from deltamem_vllm.ops.selfcheck import why_not
 
-Preference = Literal["auto", "native", "torch"]
+Preference = Literal["auto", "native", "triton", "torch"]
 
 BUILD = "build it (C++17 compiler) with `pip install --no-build-isolation --no-deps .` in the source folder"
+BUILD_CUDA = (
+    "build it (nvcc, and torch with CUDA) with `pip install --no-build-isolation --no-deps .` in the source folder"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,38 +29,67 @@ logger = logging.getLogger(__name__)
 def select(device: torch.device | str, prefer: Preference = "auto") -> PagedOps:
     """The implementation for tensors on ``device``; logged once per (device, preference).
 
+    What runs on a GPU is first tried on it, against torch: what does not start there, or answers wrongly, is not
+    chosen.
+
     Args:
-        prefer: ``auto``: native where it loads, else torch with a warning that names the reason and the
-            remedy; ``native``: native or an error; ``torch``: torch, on request and without a warning.
+        prefer: ``auto``: native where it loads, on a GPU else Triton's, else torch with a warning that names the
+            reasons and the remedy; ``native`` and ``triton``: that one or an error; ``torch``: torch, on request and
+            without a warning.
 
     Raises:
-        ConfigError: ``native`` was asked for and cannot run here, or the preference is unknown.
+        ConfigError: ``native`` or ``triton`` was asked for and cannot run here, or the preference is unknown.
     """
-    if prefer not in ("auto", "native", "torch"):
-        raise ConfigError(f"delta rule: unknown implementation {prefer!r}; choose auto, native or torch")
-    kind = torch.device(device).type
+    if prefer not in get_args(Preference):
+        raise ConfigError(f"delta rule: unknown implementation {prefer!r}; choose {', '.join(get_args(Preference))}")
+    device = torch.device(device)
     if prefer == "torch":
         logger.info("delta rule: torch, because it was asked for")
         return TorchOps()
-    native = _load_native(kind)
-    if isinstance(native, NativeOps):
-        because = f"device={kind}" if prefer == "auto" else "it was asked for"
-        logger.info("delta rule: %s, because %s", native.description, because)
-        return native
-    if prefer == "native":
-        raise ConfigError(f"delta rule: native was asked for, but {native}")
-    logger.warning("delta rule: torch (slow), because %s", native)
+    reasons = []
+    for name in ("native", "triton"):
+        if prefer not in ("auto", name) or (prefer == "auto" and name == "triton" and device.type == "cpu"):
+            continue
+        found = _load_native(device) if name == "native" else _load_triton(device)
+        if isinstance(found, str):
+            reasons.append(found)
+            continue
+        because = [f"device={device.type}", *reasons] if prefer == "auto" else ["it was asked for"]
+        logger.info("delta rule: %s, because %s", found.description, "; ".join(because))
+        return found
+    if prefer != "auto":
+        raise ConfigError(f"delta rule: {prefer} was asked for, but {reasons[0]}")
+    logger.warning("delta rule: torch (slow), because %s", "; ".join(reasons))
     return TorchOps()
 
 
-def _load_native(kind: str) -> NativeOps | str:
-    """The native implementation, or why there is none, remedy included."""
-    if kind != "cpu":
-        return f"there is no native kernel for device={kind}"
-    library = find_library()
+def _load_native(device: torch.device) -> PagedOps | str:
+    """The compiled implementation, or why there is none, remedy included."""
+    if device.type not in ("cpu", "cuda"):
+        return f"there is no native kernel for device={device.type}"
+    on_cpu = device.type == "cpu"
+    name, remedy = (LIBRARY, BUILD) if on_cpu else (CUDA_LIBRARY, BUILD_CUDA)
+    library = find_library(name)
     if library is None:
-        return f"{LIBRARY} has not been built: {BUILD}"
+        return f"{name} for device={device.type} has not been built: {remedy}"
     try:
-        return NativeOps(library)
+        ops: PagedOps = NativeOps(library) if on_cpu else CudaOps(library)
     except (OSError, RuntimeError, AttributeError) as error:
-        return f"{LIBRARY} does not load ({error}): {BUILD}"
+        return f"{name} does not load ({error}): {remedy}"
+    if not on_cpu and (problem := why_not(ops, device)):
+        return f"{name} does not work on this GPU ({problem}): {remedy}"
+    return ops
+
+
+def _load_triton(device: torch.device) -> PagedOps | str:
+    """Triton's implementation, or why there is none, remedy included."""
+    if device.type != "cuda":
+        return f"there is no Triton kernel for device={device.type}"
+    try:
+        from deltamem_vllm.ops.triton_ops import TritonOps
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): install it, pip install 'deltamem-vllm[gpu]'"
+    ops = TritonOps()
+    if problem := why_not(ops, device):
+        return f"Triton's kernels do not work on this GPU ({problem})"
+    return ops

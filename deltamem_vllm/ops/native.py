@@ -15,8 +15,8 @@ from deltamem_vllm.ops.paged import Batch
 LIBRARY = "_native.so"
 
 
-def find_library() -> Path | None:
-    """The built library, or None.
+def find_library(name: str = LIBRARY) -> Path | None:
+    """A built library, or None.
 
     An editable install keeps it beside the installed package and not in the source tree, so every folder that
     makes up this package is searched.
@@ -24,7 +24,7 @@ def find_library() -> Path | None:
     import deltamem_vllm.ops
 
     for folder in deltamem_vllm.ops.__path__:
-        if (path := Path(folder) / LIBRARY).is_file():
+        if (path := Path(folder) / name).is_file():
             return path
     return None
 
@@ -38,6 +38,7 @@ class NativeOps:
     """
 
     name = "native"
+    graph_safe = False  # walks the batch on the host
 
     def __init__(self, library: Path) -> None:
         if not hasattr(torch.ops.deltamem_native, "page_scan"):
@@ -58,7 +59,7 @@ class NativeOps:
         reads: Tensor,
     ) -> None:
         """See `PagedOps.page_scan`."""
-        self._scan(projected, bias, pages, *batch[:5], reads, *batch[5:], *_arguments(shape))
+        self._scan(projected, bias, pages, *batch[:5], reads, *batch[5:7], *_arguments(shape))
 
     def page_state(
         self,

@@ -31,6 +31,8 @@ class Batch(NamedTuple):
             and is not written.
         block_size: N, tokens per page.
         num_reqs: requests in this batch; later rows of the tables are never looked at.
+        longest: no request has more rows than this in this step; 0: not known. A hint by which kernels on a GPU choose
+            how to cut the work, since they look at nothing else on the host.
     """
 
     block_table: Tensor
@@ -40,6 +42,7 @@ class Batch(NamedTuple):
     unwritten: Tensor
     block_size: int
     num_reqs: int
+    longest: int = 0
 
 
 def mask_words(block_size: int) -> int:
@@ -49,11 +52,19 @@ def mask_words(block_size: int) -> int:
 
 class PagedOps(Protocol):
     """The delta rule over pages. Both functions raise (ValueError or RuntimeError) before they change
-    anything.
+    anything: for tensors that do not fit, and on the host for indices that do not. Kernels on a GPU do not fetch
+    indices: they never follow one that does not fit, and its request reads zero.
+
+    Attributes:
+        name: of the implementation.
+        description: for the log, ISA or architecture included.
+        graph_safe: reads only device tensors and waits for nothing, so that launches can be captured in a CUDA graph
+            and replayed with other contents of the same tensors.
     """
 
     name: str
     description: str
+    graph_safe: bool
 
     def page_scan(
         self,
@@ -118,12 +129,8 @@ def plan_requests(batch: Batch, num_tokens: int, num_blocks: int) -> list[Reques
     """Check every index a step will use, before the step changes anything; requests without tokens are left
     out, the others sorted by context (see `PagedOps.page_scan`).
     """
-    block_table, query_start_loc, seq_lens, write_limit, _, block_size, num_reqs = batch
-    if query_start_loc.shape[0] < num_reqs + 1 or min(seq_lens.shape[0], block_table.shape[0]) < num_reqs:
-        raise ValueError(
-            f"page_scan: {num_reqs} requests, but query_start_loc has {query_start_loc.shape[0]} entries, "
-            f"seq_lens {seq_lens.shape[0]} and block_table {block_table.shape[0]} rows"
-        )
+    block_table, query_start_loc, seq_lens, write_limit, _, block_size, num_reqs, _ = batch
+    _check_sizes(batch)
     starts = query_start_loc[: num_reqs + 1].tolist()
     lengths = seq_lens[:num_reqs].tolist()
     plan = []
@@ -170,20 +177,64 @@ def check_page_scan(
     _check_pages(shape, pages, batch.block_size)
 
 
-def check_page_state(
+def check_page_scan_tensors(
+    shape: MemoryShape,
+    projected: Tensor,
+    bias: Tensor,
+    pages: Tensor,
+    batch: Batch,
+    reads: Tensor,
+) -> None:
+    """What kernels on a GPU need of `page_scan`'s tensors beyond `check_page_scan`; no index is fetched."""
+    if batch.block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {batch.block_size}")
+    check_page_scan(shape, projected, bias, pages, batch, reads)
+    _check("query_start_loc", batch.query_start_loc, torch.int32, (None,))
+    _check("seq_lens", batch.seq_lens, torch.int32, (None,))
+    _check_sizes(batch)
+    if batch.block_table.stride(1) != 1 and batch.block_table.shape[1] > 1:
+        raise ValueError(
+            f"block_table: the entries of a row must be contiguous, got stride {batch.block_table.stride()}"
+        )
+    contiguous = {"projected": projected, "bias": bias, "reads": reads, **batch._asdict()}
+    for name in ("projected", "bias", "reads", "query_start_loc", "seq_lens", "write_limit", "unwritten"):
+        if not contiguous[name].is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got stride {contiguous[name].stride()}")
+    devices = {t.device for t in (projected, bias, pages, reads, *batch[:5])}
+    if len(devices) > 1:
+        raise ValueError(f"page_scan: all tensors must be on one device, got {sorted(map(str, devices))}")
+
+
+def check_page_state_tensors(
     shape: MemoryShape, pages: Tensor, block_ids: Tensor, counts: Tensor, block_size: int, out: Tensor
 ) -> None:
-    """Shapes, dtypes and indices of `page_state`; raises ValueError naming the tensor."""
+    """Shapes and dtypes of `page_state`; raises ValueError naming the tensor. No index is fetched."""
     n = block_ids.shape[0]
     _check("block_ids", block_ids, torch.int32, (None,))
     _check("counts", counts, torch.int32, (n,))
     _check("out", out, torch.float32, (n, shape.heads, shape.rank, shape.rank))
     _check_pages(shape, pages, block_size)
+
+
+def check_page_state(
+    shape: MemoryShape, pages: Tensor, block_ids: Tensor, counts: Tensor, block_size: int, out: Tensor
+) -> None:
+    """Shapes, dtypes and indices of `page_state`; raises ValueError naming the tensor."""
+    check_page_state_tensors(shape, pages, block_ids, counts, block_size, out)
     for i, (block, count) in enumerate(zip(block_ids.tolist(), counts.tolist(), strict=True)):
         if not (0 <= block < pages.shape[0] and 0 <= count <= block_size):
             raise ValueError(
                 f"page_state: entry {i} asks for {count} of {block_size} tokens of block {block} of {pages.shape[0]}"
             )
+
+
+def _check_sizes(batch: Batch) -> None:
+    starts, lengths, rows = batch.query_start_loc.shape[0], batch.seq_lens.shape[0], batch.block_table.shape[0]
+    if batch.num_reqs < 0 or starts < batch.num_reqs + 1 or min(lengths, rows) < batch.num_reqs:
+        raise ValueError(
+            f"page_scan: {batch.num_reqs} requests, but query_start_loc has {starts} entries, "
+            f"seq_lens {lengths} and block_table {rows} rows"
+        )
 
 
 def _check_pages(shape: MemoryShape, pages: Tensor, block_size: int) -> None:

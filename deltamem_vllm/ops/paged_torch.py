@@ -18,6 +18,7 @@ class TorchOps:
 
     name = "torch"
     description = "torch (slow)"
+    graph_safe = False  # walks the batch on the host
 
     def page_scan(
         self,

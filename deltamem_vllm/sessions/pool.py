@@ -1,8 +1,8 @@
 """The session pool: states in device memory, and the copies between them and pages.
 
-All orders of one step go together. Per step and kind of order that costs a handful of tensor operations and one small
-one per layer (each layer's pages are a tensor of their own), however many requests there are; per request only a few
-lines of Python. Takes also wait for one copy to the host.
+All orders of one step go together. Per step and kind of order that costs a handful of tensor operations, on a CPU one
+small one per layer (each layer's pages are a tensor of their own), however many requests there are; per request only a
+few lines of Python. Takes also wait for one copy to the host.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ import torch
 
 from deltamem_vllm.memory.pages import StatePages
 from deltamem_vllm.ops.paged import PagedOps
+from deltamem_vllm.ops.pooled import EMPTY, NO_SLOT, Book, pool_ops, staged
 from deltamem_vllm.sessions.slots import Place
 from deltamem_vllm.sessions.steps import Commit, Mark, Seed
 
@@ -40,11 +41,11 @@ class SessionPool:
     """
 
     def __init__(self, layers: list[StatePages], positions: list[int], slots: int, kernels: PagedOps) -> None:
-        self.layers, self.positions, self.kernels = layers, positions, kernels
+        self.layers, self.positions, self.kernels = layers, positions, pool_ops(kernels)
         self.shape = layers[0].shape
-        pages = layers[0].pages
-        assert pages is not None
-        self.device = pages.device
+        self.book = Book.of([layer.pages for layer in layers if layer.pages is not None], layers[0].tokens)
+        assert len(self.book.layers) == len(layers)
+        self.device = self.book.layers[0].device
         side = (self.shape.heads, self.shape.rank, self.shape.rank)
         self.states = torch.zeros((slots, len(layers), *side), dtype=torch.float32, device=self.device)
         self.generations = [0] * slots
@@ -104,13 +105,17 @@ class SessionPool:
             newest[commit.place.slot] = row, commit.place.generation
             blocks.append(self.kernel_block(commit.block) + (commit.count - 1) // tokens)
             counts.append((commit.count - 1) % tokens + 1)
-        ids = torch.tensor(blocks, dtype=torch.int32, device=self.device)
-        fed = torch.tensor(counts, dtype=torch.int32, device=self.device)
-        out = self.states.new_empty((len(self.layers), len(commits), *self.states.shape[2:]))
-        for i, layer in enumerate(self.layers):
-            assert layer.pages is not None
-            self.kernels.page_state(self.shape, layer.pages, ids, fed, tokens, out[i])
-        taken = out.transpose(0, 1).contiguous()
+        taken = self.states.new_empty((len(commits), *self.states.shape[1:]))
+        unslotted = [NO_SLOT] * len(commits)
+        self.kernels.take(
+            self.shape,
+            self.book,
+            self._orders(blocks),
+            self._orders(counts),
+            self._orders(unslotted),
+            self.states,
+            taken,
+        )
         host = taken.cpu().numpy()
         self._put(newest, taken)
         return [state.tobytes() for state in host]
@@ -120,8 +125,7 @@ class SessionPool:
         newest: dict[int, tuple[int, int]] = {}
         blocks, limits = [], []
         based: list[int] = []  # blocks whose base is written
-        from_slot: list[tuple[int, int]] = []  # (row of based, slot)
-        from_fill: list[tuple[int, int]] = []  # (row of based, row of fills)
+        sources: list[int] = []  # of those
         for seed in seeds:
             blocks.append(self.kernel_block(seed.block))
             limits.append(seed.limit)
@@ -131,27 +135,26 @@ class SessionPool:
                 fills.append(self._local(seed.fill))
             if not seed.write_base:
                 continue
-            if seed.place is not None:
-                if seed.place.slot in newest:
-                    self._check_same(seed.place, newest[seed.place.slot][1])
-                    from_fill.append((len(based), newest[seed.place.slot][0]))
-                else:
-                    self._check_same(seed.place, self._generation(seed.place))
-                    from_slot.append((len(based), seed.place.slot))
+            if seed.place is None:
+                sources.append(EMPTY)
+            elif seed.place.slot in newest:
+                self._check_same(seed.place, newest[seed.place.slot][1])
+                sources.append(staged(newest[seed.place.slot][0]))
+            else:
+                self._check_same(seed.place, self._generation(seed.place))
+                sources.append(seed.place.slot)
             based.append(blocks[-1])
         filled = torch.stack(fills).to(self.device) if fills else self.states[:0]
-        bases = self.states.new_zeros((len(based), *self.states.shape[1:]))
-        if from_slot:  # before a later order of this step fills such a slot anew
-            rows, slots = zip(*from_slot, strict=True)
-            bases[list(rows)] = self.states[list(slots)]
-        if from_fill:
-            rows, sources = zip(*from_fill, strict=True)
-            bases[list(rows)] = filled[list(sources)]
+        if based:  # from the slots as they are before this step's fills
+            self.kernels.seed(
+                self.shape,
+                self.book,
+                self._orders(based),
+                self._orders(sources),
+                self.states,
+                filled if fills else None,
+            )
         self._put(newest, filled)
-        if based:
-            for i, layer in enumerate(self.layers):
-                assert layer.pages is not None
-                layer.pages[based, : self.shape.state_floats] = bases[:, i].flatten(1)
         if blocks:
             table = self.layers[0].masks.limits
             table[blocks] = torch.tensor(limits, dtype=table.dtype, device=table.device)
@@ -170,6 +173,9 @@ class SessionPool:
         rows = [first + part for first in firsts for part in range(parts)]
         table[rows] = torch.from_numpy(words.astype(np.int32)).to(table.device)
         return [None] * len(marks)
+
+    def _orders(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _local(self, payload: bytes) -> torch.Tensor:
         """This worker's layers of a whole session state, bytes of [all layers, H, r, r] fp32."""

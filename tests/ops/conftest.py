@@ -8,6 +8,7 @@ import torch
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.ops.dispatch import select
 from deltamem_vllm.ops.paged import PagedOps
+from deltamem_vllm.ops.pooled import PoolOps, pool_ops
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable", "torch"])
@@ -27,3 +28,9 @@ def ops(request: pytest.FixtureRequest) -> Iterator[PagedOps]:
         pytest.skip(f"this CPU cannot run the {request.param} build")
     yield native
     torch.ops.deltamem_native.force_isa("")
+
+
+@pytest.fixture
+def pool(ops: PagedOps) -> PoolOps:
+    """Seeds and takes: the implementation's own, or layer by layer."""
+    return pool_ops(ops)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import deltamem_vllm.ops
 from deltamem_vllm.errors import ConfigError
@@ -15,6 +16,7 @@ from deltamem_vllm.ops import dispatch
 from deltamem_vllm.ops.dispatch import select
 from deltamem_vllm.ops.native import NativeOps
 from deltamem_vllm.ops.paged_torch import TorchOps
+from deltamem_vllm.ops.selfcheck import why_not
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def test_auto_warns_once_with_the_reason_and_the_remedy(
 ) -> None:
     library = tmp_path / "_native.so"
     library.write_bytes(b"not a library")
-    monkeypatch.setattr(dispatch, "find_library", lambda: library if broken == "garbage" else None)
+    monkeypatch.setattr(dispatch, "find_library", lambda name: library if broken == "garbage" else None)
     if broken == "garbage":
         monkeypatch.setattr(dispatch, "NativeOps", _FailingNative)
     for _ in range(2):
@@ -62,13 +64,76 @@ def test_torch_on_request_is_no_warning(caplog: pytest.LogCaptureFixture) -> Non
     assert [record.levelno for record in caplog.records] == [logging.INFO]
 
 
-def test_other_devices(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_without_kernels_gets_torch_and_every_reason(caplog: pytest.LogCaptureFixture) -> None:
     assert isinstance(select("cuda:0"), TorchOps)
-    assert "device=cuda" in caplog.text
-    with pytest.raises(ConfigError, match="device=cuda"):
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "_cuda.so for device=cuda has not been built: build it (nvcc" in record.message
+    assert "Triton cannot be imported" in record.message
+    with pytest.raises(ConfigError, match=r"native was asked for, but _cuda\.so"):
         select("cuda:0", "native")
+    with pytest.raises(ConfigError, match=r"triton was asked for, but Triton cannot be imported.*pip install"):
+        select("cuda:0", "triton")
+
+
+def test_other_devices() -> None:
+    with pytest.raises(ConfigError, match="device=meta"):
+        select("meta", "native")
+    with pytest.raises(ConfigError, match="triton was asked for, but there is no Triton kernel for device=cpu"):
+        select("cpu", "triton")
     with pytest.raises(ConfigError, match="'fast'"):
         select("cpu", "fast")  # type: ignore[arg-type]
+
+
+class _OnCpu(TorchOps):
+    """Stands in for a kernel on a GPU, of which there may be none here."""
+
+    name, description, graph_safe = "stand-in", "stand-in", True
+
+    def __init__(self, library: Path) -> None:
+        self.library = library
+
+
+class _Wrong(_OnCpu):
+    def page_scan(self, shape, projected, bias, pages, batch, reads) -> None:  # type: ignore[no-untyped-def]
+        super().page_scan(shape, projected, bias, pages, batch, reads)
+        reads[8, 0] += 1e-3
+
+
+class _Silent(_OnCpu):
+    def page_scan(self, *args: object) -> None:
+        """A kernel that was launched and never ran."""
+
+
+class _Refuses(_OnCpu):
+    def page_scan(self, *args: object) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device\nCUDA_LAUNCH_BLOCKING")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "reason"),
+    [(_Wrong, "its answer is off by 1.0e-03"), (_Silent, "off by"), (_Refuses, "RuntimeError: no kernel image")],
+)
+def test_what_does_not_work_on_a_device_is_not_chosen(kernels: type[_OnCpu], reason: str) -> None:
+    problem = why_not(kernels(Path()), torch.device("cpu"))
+    assert problem is not None
+    assert reason in problem
+    assert "\n" not in problem
+
+
+def test_what_works_on_a_device_is_chosen() -> None:
+    assert why_not(_OnCpu(Path()), torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_trial_does_not_depend_on_the_defaults_under_which_a_model_is_built(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert why_not(_OnCpu(Path()), torch.device("cpu")) is None
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_ops_imports_nothing_of_ours() -> None:

@@ -29,6 +29,7 @@ def good() -> dict[str, Any]:
         "unwritten": torch.zeros((4, 1), dtype=torch.int32),
         "block_size": N,
         "num_reqs": 2,
+        "longest": 0,
     }
 
 
@@ -56,6 +57,32 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "no block size": (lambda a: {"block_size": 0}, "block_size|pages|unwritten"),
 }
+
+#: what only a look at the contents of device tensors could refuse
+ON_THE_HOST = {
+    "rows beyond the tokens",
+    "shorter than its tokens",
+    "beyond the table",
+    "garbage block",
+    "unknown later block",
+}
+
+
+def check_that_indices_are_not_followed(ops: PagedOps, case: str) -> None:
+    """Kernels on a GPU do not fetch indices: request 1 does not fit, reads zero and touches no other page."""
+    arguments = good()
+    arguments["projected"] = torch.randn(5, SHAPE.projected_columns, generator=torch.Generator().manual_seed(0))
+    arguments.update(REFUSED[case][0](arguments))
+    pages, reads = arguments["pages"], arguments["reads"]
+    batch = Batch(**{name: arguments.pop(name) for name in Batch._fields})
+    ops.page_scan(SHAPE, batch=batch, **arguments)
+    assert reads[:3].isfinite().all()
+    assert (reads[:3] != 9.0).all(), "request 0 is served"
+    if case == "unknown later block":  # its first block is known; what it reads there may be anything
+        assert (pages[[0, 3]] == 7.0).all()
+    else:
+        assert (reads[3:] == 0).all()
+        assert (pages[[0, 2, 3]] == 7.0).all()
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -107,7 +107,7 @@ def test_no_adapter(given: dict[str, Any]) -> None:
         ("ttl", 0.5, "--deltamem-ttl: .*1 second at least.*given: 0.5"),
         ("ttl", -1, "--deltamem-ttl: .*greater than or equal to 0"),
         ("ttl", "nan", "--deltamem-ttl"),
-        ("kernel", "fast", "--deltamem-kernel: .*'auto', 'native' or 'torch'.*given: 'fast'"),
+        ("kernel", "fast", "--deltamem-kernel: .*'auto', 'native', 'triton' or 'torch'.*given: 'fast'"),
         ("session_header", "", "--deltamem-session-header"),
         ("session_header", "X Session", "--deltamem-session-header: .*no HTTP header name"),
         ("session_header", "X-Session-ID\n", "--deltamem-session-header"),
