@@ -10,7 +10,13 @@ from typing import Any
 
 import httpx
 
+from deltamem_vllm.server.tenants import ServerKeys
+
 API_KEY = "a-key-for-tests"
+_found = ServerKeys([API_KEY]).of(API_KEY)
+assert _found is not None
+TENANT = _found.name
+"""Whose sessions the server's are."""
 Logprobs = list[dict[int, float]]
 _names = itertools.count(1)
 

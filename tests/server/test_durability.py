@@ -13,7 +13,7 @@ from deltamem_vllm.demo.server import VllmServer
 from deltamem_vllm.store.protocol import SessionKey
 from deltamem_vllm.store.sqlite import SQLiteStore
 from tests.server.conftest import FLAGS, HERE, MODEL
-from tests.server.talk import Talk, ok, outcome, refused
+from tests.server.talk import TENANT, Talk, ok, outcome, refused
 from tests.server.talk import closing as closing_words
 
 OURS = ["--deltamem-durability", "write-behind", "--deltamem-host-bytes", "8MiB", "--deltamem-ttl", "3600"]
@@ -76,7 +76,7 @@ def test_it_tells_ahead_of_the_store_and_saves_at_the_end(behind: VllmServer, fo
         assert not stopping.is_alive()
     with closing(SQLiteStore(folder / "sessions.db")) as store:
         for name, version in last.items():
-            kept = store.get(SessionKey("default", name))
+            kept = store.get(SessionKey(TENANT, name))
             assert kept is not None
             assert str(kept.version) == version, behind.last_lines(40)
     assert list((folder / "tmp").glob("deltamem-*")) == [], "the sockets' folder goes with its server"

@@ -14,6 +14,7 @@ from deltamem_vllm.demo.server import VllmServer
 from deltamem_vllm.store.protocol import Record, SessionKey
 from deltamem_vllm.store.sqlite import SQLiteStore
 from tests.server.talk import (
+    TENANT,
     Talk,
     chat,
     chunks,
@@ -44,7 +45,7 @@ class Kept:
     def __call__(self, session: str) -> Record:
         store = SQLiteStore(self.path)
         try:
-            record = store.get(SessionKey("default", session))
+            record = store.get(SessionKey(TENANT, session))
         finally:
             store.close()
         assert record is not None, f"{session} has no record"

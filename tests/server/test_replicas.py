@@ -24,7 +24,7 @@ from deltamem_vllm.store.postgres import PostgresStore
 from deltamem_vllm.store.protocol import Record, SessionKey
 from tests.server.conftest import FLAGS, HERE, MODEL
 from tests.server.streams import Stream, prompt
-from tests.server.talk import Talk, new_session, ok, outcome, refused, token_ids
+from tests.server.talk import TENANT, Talk, new_session, ok, outcome, refused, token_ids
 from tests.store import services
 from tests.tolerances import SAME_MEMORY
 
@@ -44,7 +44,7 @@ class Pair:
     store: PostgresStore
 
     def record(self, session: str) -> Record:
-        found = self.store.get(SessionKey("default", session))
+        found = self.store.get(SessionKey(TENANT, session))
         assert found is not None
         return found
 

@@ -16,7 +16,7 @@ import pytest
 from deltamem_vllm.demo.server import VllmServer
 from deltamem_vllm.store.protocol import SessionKey
 from deltamem_vllm.store.sqlite import SQLiteStore
-from tests.server.talk import Talk, distance, new_session, ok, outcome
+from tests.server.talk import TENANT, Talk, distance, new_session, ok, outcome
 from tests.tolerances import SAME_MEMORY
 
 KILLS = 50 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 3
@@ -59,7 +59,7 @@ class Committer(threading.Thread):
 def stored(path: Path, session: str) -> tuple[int, bytes]:
     store = SQLiteStore(path)
     try:
-        record = store.get(SessionKey("default", session))
+        record = store.get(SessionKey(TENANT, session))
         return (0, b"") if record is None else (record.version, record.end.tobytes())
     finally:
         store.close()
