@@ -4,6 +4,7 @@
     ├── ConfigError            operator: a flag, a file or a combination is wrong; the server does not start
     │   └── AdapterError       operator: the adapter folder is not what the model or this version needs
     ├── SessionError           client: the request is wrong (HTTP 4xx)
+    │   └── PreconditionFailed client: the session is not at the version that If-Match names (HTTP 412)
     ├── CapacityError          retry: right request, wrong moment (HTTP 409 or 503 with Retry-After)
     └── StoreError             storage: the durable store did not do what was asked
         ├── StaleVersion       another writer moved the session on; nothing was written
@@ -42,6 +43,18 @@ class SessionError(DeltaMemError):
         super().__init__(message)
         self.status = status
         self.parameter = parameter
+
+
+class PreconditionFailed(SessionError):
+    """The session has moved on since the client read it; nothing was changed.
+
+    Args:
+        version: the session's present one; 0 where it does not exist.
+    """
+
+    def __init__(self, message: str, *, version: int) -> None:
+        super().__init__(message, status=412, parameter="If-Match")
+        self.version = version
 
 
 class CapacityError(DeltaMemError):

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from deltamem_vllm.errors import CapacityError, SessionError
+from deltamem_vllm.errors import CapacityError, PreconditionFailed, SessionError
 from deltamem_vllm.server.roles import WRITE_HEADER, requested
 from deltamem_vllm.server.scope import (
     COMMIT_HEADER,
@@ -25,6 +25,9 @@ _STATUS_TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     409: "ConflictError",
+    412: "PreconditionFailedError",
+    413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
     422: "UnprocessableEntityError",
     429: "RateLimitError",
 }
@@ -36,6 +39,8 @@ def error_body(error: BaseException) -> tuple[int, dict[str, str], bytes]:
     headers = {"content-type": "application/json"}
     if isinstance(error, CapacityError):
         headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if isinstance(error, PreconditionFailed) and error.version:
+        headers["etag"] = f'"{error.version}"'
     body = {
         "message": str(error),
         "type": _STATUS_TYPES.get(status, "ServiceUnavailableError" if status == 503 else "InternalServerError"),

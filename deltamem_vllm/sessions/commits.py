@@ -27,7 +27,7 @@ from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.directory import Session, Unsaved, size_of
 from deltamem_vllm.sessions.grants import Grant
 from deltamem_vllm.sessions.masks import sign
-from deltamem_vllm.store.protocol import Record, SessionKey
+from deltamem_vllm.store.protocol import Expect, Record, SessionKey
 from deltamem_vllm.store.writer import CommitWriter
 
 logger = logging.getLogger("vllm.deltamem")
@@ -165,6 +165,35 @@ class Commits:
             raise
         session.set_record(entry.record)
         return {"status": "committed", "version": entry.record.version, "error": ""}
+
+    async def store(self, session: Session, record: Record, expect: Expect | None, deletions: int) -> None:
+        """Make a version durable that was made outside of a request; those before it first. Never told ahead.
+
+        Args:
+            expect: what it was made from.
+            deletions: how often the session had been deleted then.
+
+        Raises:
+            StaleVersion: the session was deleted, or another writer was first. StoreUnavailable, QuotaExceeded,
+            CorruptRecord: the store did not take it. The session goes on from what the store has.
+        """
+        async with session.storing:
+            if session.deletions != deletions:
+                raise StaleVersion(f"session {session.key.session!r} was deleted meanwhile")
+            entry = Unsaved(record, expect)
+            session.unsaved.append(entry)
+            try:
+                await self._save(session)
+            except BaseException as e:
+                if session.unsaved and session.unsaved[-1] is entry:
+                    session.unsaved.pop()  # nobody was told of it, so it is not tried again
+                if not session.unsaved:  # it was tried, and may have been stored all the same
+                    self._settled(session)
+                    session.forget()
+                elif not isinstance(e, (StoreUnavailable, LeaseLost)):
+                    self._refused(session, e)
+                raise
+            session.set_record(record)
 
     def abandon(self, session: Session) -> bool:
         """The session is deleted: its unsaved versions go with it. Whether there were any."""

@@ -10,7 +10,8 @@ answer repeats. Nothing here is reachable from a network.
     info     {tenant, session}        → {…} or nil
     delete   {tenant, session}        → {existed}
 
-An error is answered as ``{"error": {type, message, status, retry_after, parameter}}`` and raised again by the client.
+An error is answered as ``{"error": {type, message, status, retry_after, parameter, version}}`` and raised again by the
+client.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
-from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError, StoreError
+from deltamem_vllm.errors import CapacityError, DeltaMemError, PreconditionFailed, SessionError, StoreError
 from deltamem_vllm.sessions.masks import normal
 from deltamem_vllm.store.protocol import SessionKey
 
@@ -53,6 +54,7 @@ def encode_error(error: BaseException) -> dict[str, Any]:
             "status": status,
             "retry_after": getattr(error, "retry_after", None),
             "parameter": getattr(error, "parameter", None),
+            "version": getattr(error, "version", None),
         }
     }
 
@@ -62,6 +64,8 @@ def raise_error(answer: Any) -> Any:
     if not (isinstance(answer, dict) and "error" in answer and isinstance(answer["error"], dict)):
         return answer
     e = answer["error"]
+    if e["status"] == 412:
+        raise PreconditionFailed(e["message"], version=e["version"])
     if e["type"] == "SessionError" or e["status"] == 404:
         raise SessionError(e["message"], status=e["status"], parameter=e["parameter"])
     if e["type"] == "CapacityError":
