@@ -16,6 +16,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 from deltamem_vllm import folders
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.policy import parse_policy
+from deltamem_vllm.sessions.facts import PLACE
 from deltamem_vllm.store.url import default_url
 
 PLUGIN = "deltamem"
@@ -41,6 +42,10 @@ class Settings(BaseModel):
         host_bytes: host memory for sessions and their records, per engine; a number or ``256MiB``.
         ttl: seconds since its last commit after which a session is deleted; 0: never.
         write: roles whose messages are written, separated by commas, or ``all``, or ``none``.
+        facts_chars: characters of pinned facts that a prompt is offered; beyond it those that match the question best.
+        facts_block: text that offers them, with ``{facts}`` in it; empty: the built-in one.
+        audit: file that changes of sessions are logged to; empty: none.
+        audit_required: refuse changes while it cannot be written.
         kernel: ``auto`` takes the compiled operator where it loads, ``torch`` forces the slow fallback.
         control: folder of the sockets over which API servers talk to the engines; made at start.
     """
@@ -59,6 +64,10 @@ class Settings(BaseModel):
     host_bytes: ByteSize = Field(default=ByteSize(256 << 20), ge=1 << 20)
     ttl: float = Field(default=0.0, ge=0, le=1e10)
     write: str = "system,user,assistant"
+    facts_chars: int = Field(default=8000, ge=0, le=400_000)
+    facts_block: str = ""
+    audit: str = ""
+    audit_required: bool = False
     kernel: Literal["auto", "native", "torch"] = "auto"
     control: str = ""
 
@@ -79,6 +88,13 @@ class Settings(BaseModel):
     def _header_name(cls, value: str) -> str:
         if not _HEADER.fullmatch(value):
             raise ValueError(f"{value!r} is no HTTP header name (letters, digits and '-', at most 64)")
+        return value
+
+    @field_validator("facts_block")
+    @classmethod
+    def _facts_block(cls, value: str) -> str:
+        if value and value.count(PLACE) != 1:
+            raise ValueError(f"the text must have {PLACE} in it once")
         return value
 
     @field_validator("write")
@@ -118,6 +134,8 @@ def resolve(given: Mapping[str, Any]) -> Settings:
         )
     values["adapter"] = str(Path(values["adapter"]).expanduser().absolute())
     values.setdefault("store", default_url())
+    if values.get("audit"):
+        values["audit"] = str(Path(values["audit"]).expanduser().absolute())
     try:
         return Settings(**values)
     except ValidationError as e:

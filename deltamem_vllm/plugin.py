@@ -76,6 +76,21 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "Roles whose messages are written to the memory: all, none, or some of system, user, assistant and "
         "tool, separated by commas (default system,user,assistant: what a tool says is read, not remembered).",
     },
+    "facts-chars": {
+        "type": int,
+        "metavar": "N",
+        "help": "Characters of a session's pinned facts that a prompt is offered; beyond it those that match the "
+        "question best (default 8000).",
+    },
+    "facts-block": {
+        "metavar": "TEXT",
+        "help": "Text that offers pinned facts to the model, with {facts} where they go (default: a built-in one).",
+    },
+    "audit": {"metavar": "FILE", "help": "Log changes of sessions to this hash-chained file (default: none)."},
+    "audit-required": {
+        "action": "store_true",
+        "help": "Refuse changes with 503 while the audit log cannot be written.",
+    },
     "kernel": {
         "choices": ["auto", "native", "torch"],
         "help": "Delta-rule operators: auto takes the compiled ones and says so if it cannot (default auto).",

@@ -123,8 +123,8 @@ class AuditLog:
         """
         if self.required and self._error is not None:
             raise StoreUnavailable(
-                f"the audit log cannot be written ({self._error.strerror}) and --deltamem-audit-required is set: repair "
-                "its disk, then retry"
+                f"the audit log cannot be written ({self._error.strerror}), and --deltamem-audit-required is set: "
+                "repair its disk, then retry"
             )
 
     def append(
@@ -199,7 +199,7 @@ class AuditLog:
                     entry = parse(lines[-1])
                 except ValueError as error:
                     raise ConfigError(
-                        f"--deltamem-audit {file}: its last line {error}: see `deltamem audit verify`, then move it away"
+                        f"--deltamem-audit {file}: its last line {error}: see `deltamem audit verify`, then move it"
                     ) from None
                 return Head(entry["seq"], entry["hash"])
         return Head()

@@ -10,9 +10,10 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from deltamem_vllm.errors import SessionError
+from deltamem_vllm.errors import DeltaMemError, SessionError
 from deltamem_vllm.policy import Policy
-from deltamem_vllm.server.roles import is_written, unwritten, without_flags
+from deltamem_vllm.server.offering import PINS, Offering, text_of
+from deltamem_vllm.server.roles import is_written, pinned, unwritten, without_flags
 from deltamem_vllm.server.scope import current
 
 MASK = "deltamem_unwritten"
@@ -24,10 +25,11 @@ class ChatPrompts:
 
     Args:
         policy: roles that are written where a request does not say otherwise.
+        offering: puts a session's facts into its prompts; None: nobody does.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, offering: Offering | None = None) -> None:
+        self.policy, self.offering = policy, offering
 
     def wrap(self, render_chat: Any) -> Any:
         """``renderer.render_chat_async`` with masks."""
@@ -40,6 +42,7 @@ class ChatPrompts:
             try:
                 policy = self.policy if scope.writes is None else scope.writes
                 written = [[is_written(message, policy) for message in messages] for messages in conversations]
+                pins = [[text_of(message) for message in pinned(messages)] for messages in conversations]
             except SessionError as e:
                 scope.failure = e
                 raise VLLMValidationError(str(e), parameter=e.parameter) from None
@@ -58,9 +61,21 @@ class ChatPrompts:
                 _, (prompt,) = await render_chat([messages], beginning, tok_params, **kwargs)
                 return list(prompt["prompt_token_ids"])
 
-            for messages, marks, prompt in zip(plain, written, rendered[1], strict=True):
+            async def again(messages: list[Any]) -> dict[str, Any]:
+                _, (prompt,) = await render_chat([messages], chat_params, tok_params, **kwargs)
+                return dict(prompt)
+
+            for messages, marks, texts, prompt in zip(plain, written, pins, rendered[1], strict=True):
                 if tokens := prompt.get("prompt_token_ids"):
-                    prompt[MASK] = () if all(marks) else await unwritten(messages, marks, tokens, render)
+                    spans = () if all(marks) else await unwritten(messages, marks, tokens, render)
+                    prompt[MASK] = spans
+                    prompt[PINS] = [(text, "message", None) for text in texts]
+                    if self.offering is not None:
+                        try:
+                            await self.offering.offer(messages, prompt, again, MASK)
+                        except DeltaMemError as e:
+                            scope.failure = e
+                            raise VLLMValidationError(str(e), parameter=getattr(e, "parameter", None)) from None
             return rendered
 
         return with_masks

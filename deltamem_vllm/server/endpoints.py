@@ -15,8 +15,10 @@ from deltamem_vllm.config import PLUGIN, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.policy import parse_policy
 from deltamem_vllm.server.chat import ChatPrompts
+from deltamem_vllm.server.fact_routes import make_fact_router
 from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import SessionMiddleware
+from deltamem_vllm.server.offering import Offering, noting_session
 from deltamem_vllm.server.routes import make_router
 from deltamem_vllm.sessions.control import ControlClient
 
@@ -36,6 +38,7 @@ class DeltaMemEndpoints:
             has_key=api_key_check(app.state.args),
         )
         app.include_router(make_router())
+        app.include_router(make_fact_router())
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Connect to the engines' session services and put the gateway in front of the engine."""
@@ -51,6 +54,9 @@ class DeltaMemEndpoints:
         wake, policy = functools.partial(wake_engine, engine_client), parse_policy(settings.write)
         state.deltamem = gateway = Gateway(clients, settings.queue_seconds, wake, policy)
         renderer = engine_client.renderer
-        renderer.render_chat_async = ChatPrompts(policy).wrap(renderer.render_chat_async)
+        offering = Offering(gateway, settings.facts_chars, settings.facts_block, renderer)
+        online = state.online_renderer
+        online.preprocess_chat = noting_session(online.preprocess_chat)
+        renderer.render_chat_async = ChatPrompts(policy, offering).wrap(renderer.render_chat_async)
         engine_client.generate = gateway.wrap(engine_client.generate)
         state.deltamem_watch = asyncio.ensure_future(end_requests_with_their_engine(engine_client))

@@ -20,11 +20,11 @@ from deltamem_vllm.compat import is_beam
 from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError
 from deltamem_vllm.policy import ALL, Policy
 from deltamem_vllm.server.chat import MASK
+from deltamem_vllm.server.offering import OFFERED, PINS
 from deltamem_vllm.server.roles import mask_of
 from deltamem_vllm.server.scope import TENANT, Scope, check_id, current
 from deltamem_vllm.sessions.control import ControlClient
 from deltamem_vllm.sessions.grants import EXTRA
-from deltamem_vllm.sessions.masks import Spans
 
 OUTCOME_TIMEOUT = 30.0
 ADMIT_MARGIN = 10.0
@@ -61,6 +61,15 @@ class Gateway:
                 await self._wake()
         return bool(answer["existed"])
 
+    async def ask(self, session: str, do: str, **question: Any) -> Any:
+        """Ask the engine that serves a session about it."""
+        timeout = self.queue_seconds + ADMIT_MARGIN
+        return await self.client_of(session).ask(do, timeout=timeout, tenant=TENANT, session=session, **question)
+
+    async def facts_for(self, session: str, query: str, chars: int) -> list[str]:
+        """The pinned facts that a prompt is offered."""
+        return list((await self.ask(session, "offer", query=query, chars=chars))["texts"])
+
     def rank_of(self, session: str) -> int:
         """The engine that serves a session: always the same one, so that its memory has one owner."""
         return zlib.crc32(f"{TENANT}/{session}".encode()) % len(self.clients)
@@ -85,7 +94,7 @@ class Gateway:
     def _start(
         self, generate: Any, scope: Scope, prompt: Any, params: Any, request_id: str, kwargs: dict[str, Any]
     ) -> AsyncIterator[Any]:
-        prompt, masked = _take_mask(prompt)
+        prompt, marks = _take_marks(prompt)
         params = copy.copy(params)  # several prompts of one HTTP request share one object
         extra = dict(params.extra_args or {})
         extra.pop(EXTRA, None)  # never trust a client's
@@ -113,9 +122,9 @@ class Gateway:
         if len(self.clients) > 1:
             kwargs["data_parallel_rank"] = self.rank_of(session)
         policy = self.policy if scope.writes is None else scope.writes
-        spans = mask_of(masked, len(tokens), policy)
+        spans = mask_of(marks.get(MASK), len(tokens), policy)
         params.extra_args = {**extra, EXTRA: {"unwritten": spans}}
-        return self._run(generate, scope, session, tokens, prompt, params, request_id, kwargs)
+        return self._run(generate, scope, session, tokens, prompt, marks, params, request_id, kwargs)
 
     async def _run(
         self,
@@ -124,6 +133,7 @@ class Gateway:
         session: str,
         tokens: np.ndarray,
         prompt: Any,
+        marks: dict[str, Any],
         params: Any,
         request_id: str,
         kwargs: dict[str, Any],
@@ -131,7 +141,7 @@ class Gateway:
         client, ticket = self.client_of(session), secrets.token_hex(16)
         sampled, settled = 0, False
         try:
-            grant = await self._admit(client, ticket, scope, session, tokens, prompt, params)
+            grant = await self._admit(client, ticket, scope, session, tokens, prompt, marks, params)
             params.extra_args[EXTRA]["ticket"] = ticket
             prompt = {**prompt, "cache_salt": grant["salt"]}
             async with contextlib.aclosing(generate(prompt, params, request_id, **kwargs)) as outputs:
@@ -160,6 +170,7 @@ class Gateway:
         session: str,
         tokens: np.ndarray,
         prompt: Any,
+        marks: dict[str, Any],
         params: Any,
     ) -> dict[str, Any]:
         try:
@@ -175,6 +186,8 @@ class Gateway:
                     salt=prompt.get("cache_salt"),
                     held=bool(params.stop),
                     unwritten=params.extra_args[EXTRA]["unwritten"],
+                    offered=marks.get(OFFERED, ()),
+                    pins=marks.get(PINS, ()) if scope.mode == "readwrite" else (),
                 )
             )
         except DeltaMemError as e:
@@ -206,11 +219,12 @@ def _token_ids(prompt: Any) -> np.ndarray:
     return np.asarray(ids, dtype=np.int32)
 
 
-def _take_mask(prompt: Any) -> tuple[Any, Spans | None]:
-    """A prompt as vLLM made it, and the mask of the conversation that it was rendered from."""
-    if not isinstance(prompt, dict) or MASK not in prompt:
-        return prompt, None
-    return {key: value for key, value in prompt.items() if key != MASK}, prompt[MASK]
+def _take_marks(prompt: Any) -> tuple[Any, dict[str, Any]]:
+    """A prompt as vLLM made it, and what was found out about the conversation that it was rendered from."""
+    if not isinstance(prompt, dict):
+        return prompt, {}
+    marks = {key: prompt[key] for key in (MASK, OFFERED, PINS) if key in prompt}
+    return {key: value for key, value in prompt.items() if key not in marks}, marks
 
 
 def _salted(prompt: Any, kind: str, always: bool = True) -> Any:

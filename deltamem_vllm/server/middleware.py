@@ -78,7 +78,7 @@ class SessionMiddleware:
             if len(sessions) > 1 or len(modes) > 1 or len(writes) > 1:
                 raise SessionError("the session, mode or write header was given more than once: send each once")
             if sessions:
-                check_id(sessions[0], self.header.decode())
+                ours.header_id = check_id(sessions[0], self.header.decode())
             if modes:
                 ours.mode = check_mode(modes[0])
             if writes:

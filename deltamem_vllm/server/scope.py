@@ -24,6 +24,7 @@ class Scope:
 
     Attributes:
         mode: from the mode header; readwrite unless it says otherwise.
+        header_id: the session id of its header, if any.
         writes: roles that are written, from the write header; None: the server's policy.
         stranger: it came without the API key that the server asks for, by a path that vLLM does not guard.
         engine_calls: how many engine requests it has made with a session it may write.
@@ -32,6 +33,7 @@ class Scope:
     """
 
     mode: Mode = "readwrite"
+    header_id: str | None = None
     writes: frozenset[str] | None = None
     stranger: bool = False
     engine_calls: int = 0

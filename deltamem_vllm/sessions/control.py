@@ -3,10 +3,15 @@
 A Unix socket in a folder that only the server's user can enter; msgpack maps; a question carries a number that its
 answer repeats. Nothing here is reachable from a network.
 
-    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans)}
+    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans),
+              offered (spans), pins}
                                       → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
+    offer    {tenant, session, query, chars} → {texts}
+    facts    {tenant, session}        → {facts, version}
+    pin      {tenant, session, request, pins, match} → {facts, version}
+    unpin    {tenant, session, request, fact, match} → {version, until}
     info     {tenant, session}        → {…} or nil
     delete   {tenant, session}        → {existed}
 
@@ -28,6 +33,7 @@ import zmq
 import zmq.asyncio
 
 from deltamem_vllm.errors import CapacityError, DeltaMemError, PreconditionFailed, SessionError, StoreError
+from deltamem_vllm.sessions import pinning
 from deltamem_vllm.sessions.masks import normal
 from deltamem_vllm.store.protocol import SessionKey
 
@@ -115,12 +121,15 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
             tokens = np.frombuffer(q["tokens"], dtype=np.int32)
             key = SessionKey(q["tenant"], q["session"])
             spans = normal(q.get("unwritten", ()))
-            return await service.admit(q["ticket"], key, q["mode"], tokens, q["salt"], q["held"], spans)
+            offered, pins = normal(q.get("offered", ())), pinning.received(q.get("pins", ()))
+            return await service.admit(q["ticket"], key, q["mode"], tokens, q["salt"], q["held"], spans, offered, pins)
         case "outcome":
             return await service.outcome(q["ticket"])
         case "verdict":
             service.give_verdict(q["ticket"], q["tokens"])
             return {}
+        case "offer" | "facts" | "pin" | "unpin":
+            return await pinning.answer(service, SessionKey(q["tenant"], q["session"]), q)
         case "info":
             return await service.info(SessionKey(q["tenant"], q["session"]))
         case "delete":

@@ -18,14 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from deltamem_vllm.audit.log import AuditLog
 from deltamem_vllm.errors import SessionError
-from deltamem_vllm.sessions import windows
+from deltamem_vllm.sessions import pinning, windows
 from deltamem_vllm.sessions.commits import Commits, WriteBehind
 from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.expiry import Expiry
+from deltamem_vllm.sessions.facts import Pin
 from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
 from deltamem_vllm.sessions.leases import EngineLeases
-from deltamem_vllm.sessions.masks import Spans, sign
+from deltamem_vllm.sessions.masks import Spans, conversation, place
 from deltamem_vllm.sessions.quotas import Quotas
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.sessions.tickets import Ticket, Tickets
@@ -52,6 +54,7 @@ class SessionService:
         state_shape: [layers, H, r, r].
         queue_depth, queue_seconds, host_bytes, ttl: see `deltamem_vllm.config.Settings`.
         write_behind: (seconds, versions) that clients may be told ahead of the store; None: not at all.
+        audit: where changes are logged; closed with the service.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class SessionService:
         host_bytes: int = 256 << 20,
         write_behind: tuple[float, int] | None = None,
         ttl: float = 0.0,
+        audit: AuditLog | None = None,
     ) -> None:
         self.adapter, self.state_shape = adapter, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
@@ -83,10 +87,12 @@ class SessionService:
             state_shape=state_shape,
             ahead=WriteBehind(*write_behind, growth=self.quotas.growth) if write_behind is not None else None,
             unsaved_bytes=host_bytes,
+            audit=audit,
         )
+        self.audit = audit
         self.directory = Directory(host_bytes)
         self.erased: deque[SessionKey] = deque()  # sessions whose states the pool must forget
-        self.expiry = Expiry(ttl, self.directory, self.records, self._erase_from_pool) if ttl else None
+        self.expiry = Expiry(ttl, self.directory, self.records, self._erase_from_pool, audit) if ttl else None
         self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
@@ -115,6 +121,8 @@ class SessionService:
         self.writer.close(timeout)
         self.records.close()
         self.store.close()
+        if self.audit is not None:
+            self.audit.close()
 
     def _run(self) -> None:
         try:
@@ -173,6 +181,8 @@ class SessionService:
         clients_salt: str | None,
         held: bool,
         spans: Spans = (),
+        offered: Spans = (),
+        pins: tuple[Pin, ...] = (),
     ) -> dict[str, Any]:
         """Give a prompt its place in a session: waits for its turn, here and among servers, reads the record, plans
         the window.
@@ -180,6 +190,8 @@ class SessionService:
         Args:
             ticket: a fresh random name; whoever asks can withdraw by it, even while waiting.
             spans: tokens, of the prompt or of the reply, that are not written.
+            offered: those among them that are no part of the conversation.
+            pins: facts to pin with the commit.
 
         Returns:
             prefix-cache salt for the engine request; the version it starts from; tokens already written.
@@ -198,8 +210,8 @@ class SessionService:
                     self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds),
                     self.leases.holding(session, until),
                 ):
-                    return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans)
-            return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans)
+                    return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans, offered, pins)
+            return await self._grant(session, ticket, mode, tokens, clients_salt, held, spans, offered, pins)
         finally:
             self._admitting.pop(ticket, None)
 
@@ -212,13 +224,19 @@ class SessionService:
         salt: str | None,
         held: bool,
         spans: Spans,
+        offered: Spans,
+        pins: tuple[Pin, ...],
     ) -> dict[str, Any]:
         self.commits.check_room(session)
         record = await self.records.latest(session)
         if mode == "readwrite":
+            self.commits.check_audit()
             await self.quotas.check(session.key, record)
+        if pins:
+            pinning.check(record, pins)
         window = windows.unpack(record.window) if record is not None else None
-        plan = windows.plan(window, sign(tokens, spans))
+        own = conversation(tokens, spans, offered)
+        plan = windows.plan(window, own)
         base = None
         if record is not None:
             base = record.end if plan.kind == "new" else record.base
@@ -231,11 +249,13 @@ class SessionService:
             prompt_tokens=len(tokens),
             base=base,
             base_digest=state_digest(base),
-            write_limit=windows.write_limit(plan, mode, len(tokens)),
+            write_limit=place(offered, windows.write_limit(plan, mode, len(own))),
             expect=Expect(record.version, record.incarnation) if record is not None else None,
             incarnation=session.incarnation,
             held_for_verdict=held,
             spans=spans,
+            offered=offered,
+            pins=pins,
         )
         version = record.version if record is not None else 0
         self.tickets.issue(grant, session.deletions, version)
@@ -282,12 +302,15 @@ class SessionService:
 
     async def delete(self, key: SessionKey) -> bool:
         """Erase a session everywhere. A request that runs meanwhile finishes and commits nothing."""
+        self.commits.check_audit()
         session = self.directory.get(key)
         async with session.storing, session.loading:
             existed = await self.records.on_loader(self.store.delete, key)
             existed = self.commits.abandon(session) or existed
             session.erase()
             self._erase_from_pool(key)
+            if existed:
+                await self.commits.note("delete", key)
         return bool(existed)
 
     def _erase_from_pool(self, key: SessionKey) -> None:

@@ -236,7 +236,7 @@ def test_a_disk_that_fails_is_counted_and_where_required_changes_wait(
     while log.failures < 3:
         assert not waiting.done()
     if required:
-        with pytest.raises(StoreUnavailable, match="audit log cannot be written.*No space left"):
+        with pytest.raises(StoreUnavailable, match=r"audit log cannot be written.*No space left"):
             log.check()
     else:
         log.check()

@@ -59,7 +59,7 @@ def test_what_cannot_be_pinned_is_refused(pin: Pin, status: int, words: str) -> 
 
 def test_the_quota_counts_facts_and_bytes_and_a_full_ledger_fits_a_record() -> None:
     full = pinned(*(f"fact {i}" for i in range(ledger.MAX_FACTS)))
-    with pytest.raises(SessionError, match="201 facts.*delete some") as refused:
+    with pytest.raises(SessionError, match=r"201 facts.*delete some") as refused:
         add(full, [Pin("one more")], NOW)
     assert refused.value.status == 429
     assert len(add(full, [Pin("fact 7")], NOW)[0]) == 200  # nothing new
