@@ -152,20 +152,14 @@ def hash_blocks_with(spans_of: Callable[[Any], Any], hash_blocks: Callable[..., 
     _wrap(core, "get_request_block_hasher", make)
 
 
-def api_key_check(args: Any) -> Callable[[Any], bool] | None:
-    """Whether a request (its ASGI scope) carries one of the server's API keys; None for a server without keys.
+def api_keys(args: Any) -> list[str]:
+    """The API keys that vLLM asks for; empty for a server without keys.
 
-    vllm 0.32: ``AuthenticationMiddleware`` guards only some paths, ``/invocations`` not among them; until it does.
+    vllm 0.32: ``init_entrypoints_middleware`` takes them so; until the application knows its keys.
     """
-    from starlette.datastructures import Headers
     from vllm import envs
-    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-    if not keys:
-        return None
-    authentication = AuthenticationMiddleware(None, keys)  # type: ignore[arg-type]
-    return lambda scope: authentication.verify_token(Headers(scope=scope))
+    return [key for key in (getattr(args, "api_key", None) or [envs.VLLM_API_KEY]) if key]
 
 
 def is_beam(request_id: str) -> bool:

@@ -5,8 +5,11 @@ default. Settings travel inside vLLM's own configuration, in the connector's ext
 the server (API, engine core, workers) sees the same values.
 """
 
+import logging
 import os
 import re
+import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +18,18 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 
 from deltamem_vllm import folders
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.names import MIN_SECRET_BYTES
 from deltamem_vllm.policy import parse_policy
 from deltamem_vllm.sessions.facts import PLACE
 from deltamem_vllm.store.url import default_url
+
+logger = logging.getLogger("vllm.deltamem")
 
 PLUGIN = "deltamem"
 CONNECTOR = "DeltaMemConnector"
 CONNECTOR_MODULE = "deltamem_vllm.sessions.connector"
 
+_SECRET = "secret"
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,63}")
 
 
@@ -47,7 +54,12 @@ class Settings(BaseModel):
         audit: file that changes of sessions are logged to; empty: none.
         audit_required: refuse changes while it cannot be written.
         kernel: ``auto`` takes the compiled operator where it loads, ``torch`` forces the slow fallback.
-        control: folder of the sockets over which API servers talk to the engines; made at start.
+        key_file: tenants and the digests of their keys (`deltamem_vllm.server.tenants`); empty: none.
+        open: serve sessions without any key to whoever can reach the server.
+        secret_file: file whose bytes key the names that sessions have in the engine, in KV events and in logs; empty:
+            a fresh random secret with each start.
+        control: private folder of the secret, and of the sockets over which API servers talk to the engines; made at
+            start.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +81,9 @@ class Settings(BaseModel):
     audit: str = ""
     audit_required: bool = False
     kernel: Literal["auto", "native", "torch"] = "auto"
+    key_file: str = ""
+    open: bool = False
+    secret_file: str = ""
     control: str = ""
 
     @property
@@ -104,12 +119,42 @@ class Settings(BaseModel):
         return value
 
     def with_control(self) -> "Settings":
-        """The same settings with a fresh, private folder for the control sockets."""
-        return self.model_copy(update={"control": folders.make()})
+        """The same settings with a fresh, private folder for the control sockets and the secret.
+
+        Raises:
+            ConfigError: the secret file cannot be read, or is too short.
+        """
+        secret = _read_secret(self.secret_file) if self.secret_file else secrets.token_bytes(MIN_SECRET_BYTES)
+        folder = folders.make()
+        # Settings travel in arguments, which vLLM logs, so the secret itself travels in a file.
+        with os.fdopen(os.open(Path(folder) / _SECRET, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secret)
+        return self.model_copy(update={"control": folder})
+
+    def secret(self) -> bytes:
+        """The server's secret, the same in all of its processes."""
+        return (Path(self.control) / _SECRET).read_bytes()
 
     def control_address(self, data_parallel_rank: int) -> str:
         """ZeroMQ address of one engine's control socket."""
         return f"ipc://{self.control}/engine-{data_parallel_rank}"
+
+
+def _read_secret(path: str) -> bytes:
+    try:
+        mode, secret = Path(path).stat().st_mode, Path(path).read_bytes()
+    except OSError as e:
+        raise ConfigError(f"--deltamem-secret-file {path} cannot be read: {e.strerror}") from None
+    if mode & stat.S_IWOTH:
+        raise ConfigError(f"--deltamem-secret-file {path} can be written by anyone: chmod 600 it, and make a new one")
+    if mode & stat.S_IROTH:
+        logger.warning("--deltamem-secret-file %s can be read by anyone on this machine: chmod 600 it", path)
+    if len(secret) < MIN_SECRET_BYTES:
+        raise ConfigError(
+            f"--deltamem-secret-file {path} has {len(secret)} bytes; it needs {MIN_SECRET_BYTES} random ones or more: "
+            f"head -c {MIN_SECRET_BYTES} /dev/urandom > {path}"
+        )
+    return secret
 
 
 def resolve(given: Mapping[str, Any]) -> Settings:
@@ -133,6 +178,9 @@ def resolve(given: Mapping[str, Any]) -> Settings:
             "and the weights"
         )
     values["adapter"] = str(Path(values["adapter"]).expanduser().absolute())
+    for name in ("key_file", "secret_file"):
+        if values.get(name):
+            values[name] = str(Path(values[name]).expanduser().absolute())
     values.setdefault("store", default_url())
     if values.get("audit"):
         values["audit"] = str(Path(values["audit"]).expanduser().absolute())

@@ -21,7 +21,8 @@ import numpy as np
 from deltamem_vllm.config import PLUGIN, resolve
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.plugin import allow_plugins, register, transfer_config
-from deltamem_vllm.server.scope import TENANT, Mode, check_id
+from deltamem_vllm.server.scope import Mode, check_id
+from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.sessions.control import BlockingControlClient
 from deltamem_vllm.sessions.grants import EXTRA
 from deltamem_vllm.sessions.masks import normal
@@ -127,7 +128,7 @@ class SessionLLM:
                     grant = self._control.ask(
                         "admit",
                         ticket=ticket,
-                        tenant=TENANT,
+                        tenant=DEFAULT_TENANT,
                         session=check_id(turn.session, "session"),
                         mode=turn.mode,
                         salt=None,
@@ -151,12 +152,12 @@ class SessionLLM:
 
     def info(self, session: str) -> dict[str, Any] | None:
         """What is known of a session, or None."""
-        found: dict[str, Any] | None = self._control.ask("info", tenant=TENANT, session=session)
+        found: dict[str, Any] | None = self._control.ask("info", tenant=DEFAULT_TENANT, session=session)
         return found
 
     def delete(self, session: str) -> bool:
         """Erase a session; False if there was none."""
-        existed = bool(self._control.ask("delete", tenant=TENANT, session=session)["existed"])
+        existed = bool(self._control.ask("delete", tenant=DEFAULT_TENANT, session=session)["existed"])
         self.llm.llm_engine.is_sleeping()  # wakes an idle engine, so that its device forgets too
         return existed
 

@@ -8,11 +8,14 @@ import os
 from argparse import Namespace
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import entry_points
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 from deltamem_vllm import compat
 from deltamem_vllm.config import CONNECTOR, CONNECTOR_MODULE, PLUGIN, Settings, resolve
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.server.tenants import read_key_file
 from deltamem_vllm.sessions.grants import EXTRA
 from deltamem_vllm.sessions.masks import hash_blocks
 
@@ -90,6 +93,20 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "audit-required": {
         "action": "store_true",
         "help": "Refuse changes with 503 while the audit log cannot be written.",
+    },
+    "key-file": {
+        "metavar": "PATH",
+        "help": "Tenants, the digests of their API keys and their quotas (see deltamem keys --help); read again when "
+        "it changes. Every request then needs a key. Not together with --api-key.",
+    },
+    "open": {
+        "action": "store_true",
+        "help": "Serve sessions without any API key to whoever can reach the server.",
+    },
+    "secret-file": {
+        "metavar": "PATH",
+        "help": "At least 32 random bytes that key the names of sessions in the engine, KV events and logs "
+        "(default: fresh ones with each start).",
     },
     "kernel": {
         "choices": ["auto", "native", "torch"],
@@ -178,10 +195,49 @@ def _finalize(parsed: Namespace) -> None:
         raise ConfigError(
             "VLLM_USE_RUST_FRONTEND bypasses the Python HTTP layer that sessions need: unset it with --plugin deltamem"
         )
-    settings = resolve(given).with_control()
+    settings = resolve(given)
+    check_exposure(parsed, settings)
+    settings = settings.with_control()
     if settings.write_behind is not None and getattr(parsed, "shutdown_timeout", None) == 0:
         parsed.shutdown_timeout = SHUTDOWN_SECONDS
     parsed.kv_transfer_config = transfer_config(settings, getattr(parsed, "kv_transfer_config", None))
+
+
+def check_exposure(parsed: Namespace, settings: Settings) -> None:
+    """Refuse to serve sessions to a network without a key, unless that was asked for.
+
+    Args:
+        parsed: vLLM's arguments; those of an offline run have no ``host``.
+
+    Raises:
+        ConfigError: names every remedy.
+    """
+    keys = compat.api_keys(parsed)
+    if settings.key_file:
+        if keys:
+            raise ConfigError(
+                "--deltamem-key-file beside --api-key (or VLLM_API_KEY): vLLM would refuse the file's keys; put every "
+                "key into the file (deltamem keys new TENANT FILE) and leave --api-key out"
+            )
+        read_key_file(Path(settings.key_file))
+    serves = hasattr(parsed, "host") and hasattr(parsed, "uds") and not getattr(parsed, "headless", False)
+    if not serves or keys or settings.key_file or settings.open or parsed.uds or _is_loopback(parsed.host):
+        return
+    where = f"--host {parsed.host}" if parsed.host else "all interfaces (no --host was given)"
+    raise ConfigError(
+        f"sessions without an API key on {where}: anyone who can reach the server could use, read and delete them. "
+        "Pass --api-key KEY or --deltamem-key-file PATH, or --deltamem-open if that is meant, or listen on "
+        "--host 127.0.0.1"
+    )
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return host is not None and ip_address(host).is_loopback
+    except ValueError:  # another name: what it resolves to can change
+        return False
 
 
 def allow_plugins(names: list[str]) -> None:

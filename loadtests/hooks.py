@@ -43,7 +43,7 @@ class Engine:
         address = f"ipc://{folder}/engine"
         self.service = SessionService(
             store_url="memory://", layout="L36H1r8", adapter="a", model="m", state_shape=SHAPE, queue_depth=8,
-            queue_seconds=30.0,
+            queue_seconds=30.0, secret=bytes(32),
         )  # fmt: skip
         self.service.start(lambda service: serve(service, address))
         self.side = SchedulerSide(self.service, 0, BLOCK, SHAPE, slots=1024)

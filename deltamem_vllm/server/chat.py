@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMValidationError
 
 from deltamem_vllm.errors import DeltaMemError, SessionError
 from deltamem_vllm.policy import Policy
+from deltamem_vllm.redaction import redact
 from deltamem_vllm.server.offering import PINS, Offering, text_of
 from deltamem_vllm.server.roles import is_written, pinned, unwritten, without_flags
 from deltamem_vllm.server.scope import current
@@ -75,7 +76,8 @@ class ChatPrompts:
                             await self.offering.offer(messages, prompt, again, MASK)
                         except DeltaMemError as e:
                             scope.failure = e
-                            raise VLLMValidationError(str(e), parameter=getattr(e, "parameter", None)) from None
+                            said = redact(str(e), ids=scope.ids)  # vLLM may log it
+                            raise VLLMValidationError(said, parameter=getattr(e, "parameter", None)) from None
             return rendered
 
         return with_masks

@@ -4,15 +4,18 @@ Listing, forking, resetting, rolling back, exporting and importing sessions will
 """
 
 import asyncio
-import functools
 from argparse import Namespace
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 
-from deltamem_vllm.compat import api_key_check, end_requests_with_their_engine, wake_engine
-from deltamem_vllm.config import PLUGIN, settings_of
+from deltamem_vllm import redaction
+from deltamem_vllm.compat import api_keys, end_requests_with_their_engine, wake_engine
+from deltamem_vllm.config import PLUGIN, Settings, settings_of
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.names import Names
 from deltamem_vllm.policy import parse_policy
 from deltamem_vllm.server.chat import ChatPrompts
 from deltamem_vllm.server.fact_routes import make_fact_router
@@ -20,6 +23,8 @@ from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import SessionMiddleware
 from deltamem_vllm.server.offering import Offering, noting_session
 from deltamem_vllm.server.routes import make_router
+from deltamem_vllm.server.scope import current
+from deltamem_vllm.server.tenants import FileKeys, OneTenant, ServerKeys, Tenants
 from deltamem_vllm.sessions.control import ControlClient
 
 
@@ -32,11 +37,14 @@ class DeltaMemEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes and, innermost (inside authentication), the middleware."""
         settings = settings_of(app.state.args)
+        app.state.deltamem_tenants = tenants = _tenants(settings, app.state.args)
         app.add_middleware(
             SessionMiddleware,
             session_header=settings.session_header if settings else "X-Session-ID",
-            has_key=api_key_check(app.state.args),
+            tenants=tenants,
         )
+        if settings is not None:
+            redaction.install(partial(_log_context, Names(settings.secret())))
         app.include_router(make_router())
         app.include_router(make_fact_router())
 
@@ -51,8 +59,9 @@ class DeltaMemEndpoints:
         ranks = engine_client.vllm_config.parallel_config.data_parallel_size
         addresses = [settings.control_address(rank) for rank in range(ranks)]
         clients = [ControlClient(address, lambda: engine_client.errored) for address in addresses]
-        wake, policy = functools.partial(wake_engine, engine_client), parse_policy(settings.write)
-        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, wake, policy)
+        wake, policy = partial(wake_engine, engine_client), parse_policy(settings.write)
+        names = Names(settings.secret())
+        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, names, wake, policy)
         renderer = engine_client.renderer
         offering = Offering(gateway, settings.facts_chars, settings.facts_block, renderer)
         online = state.online_renderer
@@ -60,3 +69,21 @@ class DeltaMemEndpoints:
         renderer.render_chat_async = ChatPrompts(policy, offering).wrap(renderer.render_chat_async)
         engine_client.generate = gateway.wrap(engine_client.generate)
         state.deltamem_watch = asyncio.ensure_future(end_requests_with_their_engine(engine_client))
+        if isinstance(state.deltamem_tenants, FileKeys):
+            state.deltamem_keys = asyncio.ensure_future(state.deltamem_tenants.watch())  # kept, else it is collected
+
+
+def _tenants(settings: Settings | None, args: Namespace) -> Tenants:
+    """Who knows this server's tenants: the key file, vLLM's own keys, or nobody."""
+    if settings is not None and settings.key_file:
+        return FileKeys(settings.key_file)
+    keys = api_keys(args)
+    return ServerKeys(keys) if keys else OneTenant()
+
+
+def _log_context(names: Names) -> tuple[redaction.Label | None, Iterable[str]]:
+    """How log lines of the request that is being served call its sessions."""
+    scope = current.get()
+    if scope is None:
+        return None, ()
+    return (partial(names.label, scope.tenant.name) if scope.tenant is not None else None), scope.ids

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from deltamem_vllm.errors import DeltaMemError, SessionError
 from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import error_body
-from deltamem_vllm.server.scope import check_id
+from deltamem_vllm.server.scope import check_id, tenant_of_request
+from deltamem_vllm.store.protocol import SessionKey
 
 IfMatch = Annotated[str | None, Header(alias="If-Match", description='`"VERSION"`: only if the session is at it.')]
 _MATCH = re.compile(r'(?:W/)?"(\d{1,18})"')
@@ -106,8 +107,8 @@ async def _change(request: Request, session_id: str, do: str, if_match: str | No
 
 async def _ask(http: Request, session_id: str, do: str, **question: Any) -> Any:
     gateway: Gateway = http.app.state.deltamem
-    check_id(session_id, "session_id")
-    return await gateway.ask(session_id, do, **question)
+    key = SessionKey(tenant_of_request().name, check_id(session_id, "session_id"))
+    return await gateway.ask(key, do, **question)
 
 
 def versions(if_match: str | None) -> list[int] | None:

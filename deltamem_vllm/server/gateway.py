@@ -8,9 +8,8 @@ import asyncio
 import contextlib
 import copy
 import secrets
-import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from vllm.exceptions import VLLMValidationError
@@ -18,13 +17,17 @@ from vllm.sampling_params import RequestOutputKind
 
 from deltamem_vllm.compat import is_beam
 from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError
+from deltamem_vllm.names import Names
 from deltamem_vllm.policy import ALL, Policy
+from deltamem_vllm.redaction import redact
 from deltamem_vllm.server.chat import MASK
 from deltamem_vllm.server.offering import OFFERED, PINS
 from deltamem_vllm.server.roles import mask_of
-from deltamem_vllm.server.scope import TENANT, Scope, check_id, current
+from deltamem_vllm.server.scope import Scope, current, effective_id, no_key
+from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.sessions.control import ControlClient
 from deltamem_vllm.sessions.grants import EXTRA
+from deltamem_vllm.store.protocol import SessionKey
 
 OUTCOME_TIMEOUT = 30.0
 ADMIT_MARGIN = 10.0
@@ -36,6 +39,7 @@ class Gateway:
     Args:
         clients: control clients of the engines, by data-parallel rank.
         queue_seconds: how long an admission may take.
+        names: makes what the engine calls a session, and salts.
         wake: makes idle engines carry out what waits for a step; None where nothing does.
         policy: roles that are written where a request does not say otherwise.
     """
@@ -44,50 +48,51 @@ class Gateway:
         self,
         clients: Sequence[ControlClient],
         queue_seconds: float,
+        names: Names,
         wake: Callable[[], Coroutine[Any, Any, None]] | None = None,
         policy: Policy = ALL,
     ) -> None:
         self.clients = clients
         self.policy = policy
         self.queue_seconds = queue_seconds
+        self.names = names
         self._wake = wake
 
-    async def delete(self, session: str) -> bool:
+    async def delete(self, key: SessionKey) -> bool:
         """Erase a session; whether there was one. Its states on the device are zeroed by the engine's next step, which
         is ordered here."""
-        answer = await self.client_of(session).ask("delete", tenant=TENANT, session=session)
+        answer = await self.client_of(key).ask("delete", tenant=key.tenant, session=key.session)
         if self._wake is not None:
             with contextlib.suppress(Exception):  # a dead engine has no memory to erase
                 await self._wake()
         return bool(answer["existed"])
 
-    async def ask(self, session: str, do: str, **question: Any) -> Any:
+    async def ask(self, key: SessionKey, do: str, **question: Any) -> Any:
         """Ask the engine that serves a session about it."""
         timeout = self.queue_seconds + ADMIT_MARGIN
-        return await self.client_of(session).ask(do, timeout=timeout, tenant=TENANT, session=session, **question)
+        return await self.client_of(key).ask(do, timeout=timeout, tenant=key.tenant, session=key.session, **question)
 
-    async def facts_for(self, session: str, query: str, chars: int) -> list[str]:
+    async def facts_for(self, key: SessionKey, query: str, chars: int) -> list[str]:
         """The pinned facts that a prompt is offered."""
-        return list((await self.ask(session, "offer", query=query, chars=chars))["texts"])
+        return list((await self.ask(key, "offer", query=query, chars=chars))["texts"])
 
-    def rank_of(self, session: str) -> int:
+    def rank_of(self, key: SessionKey) -> int:
         """The engine that serves a session: always the same one, so that its memory has one owner."""
-        return zlib.crc32(f"{TENANT}/{session}".encode()) % len(self.clients)
+        return self.names.spread(key.tenant, key.session, len(self.clients))
 
-    def client_of(self, session: str) -> ControlClient:
+    def client_of(self, key: SessionKey) -> ControlClient:
         """The control client of that engine."""
-        return self.clients[self.rank_of(session)]
+        return self.clients[self.rank_of(key)]
 
     def wrap(self, generate: Any) -> Any:
         """``engine_client.generate`` with sessions."""
 
         def with_sessions(prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
-            scope = current.get() or Scope()
+            scope = current.get() or Scope(tenant=None)
             try:
                 return self._start(generate, scope, prompt, sampling_params, request_id, kwargs)
             except SessionError as e:
-                scope.failure = e
-                raise VLLMValidationError(str(e), parameter=e.parameter) from None
+                raise _refusal(scope, e) from None
 
         return with_sessions
 
@@ -98,17 +103,22 @@ class Gateway:
         params = copy.copy(params)  # several prompts of one HTTP request share one object
         extra = dict(params.extra_args or {})
         extra.pop(EXTRA, None)  # never trust a client's
-        session = kwargs.get("session_id")
-        if session:
-            check_id(session, "session_id")
+        # From here on the engine knows a session by its keyed name only: it logs, and tells of it in KV events.
+        extra_id, resolved = extra.pop("session_id", None), kwargs.pop("session_id", None)
+        scope.ids.update(each for each in (extra_id, resolved) if isinstance(each, str) and each)
+        session = effective_id(resolved, scope.header_id, extra_id)
+        tenant = scope.tenant.name if scope.tenant is not None else ""
+        scope.admitted = scope.mode == "off" or not session
         if scope.mode == "off":
             params.extra_args = {**extra, EXTRA: {"mode": "off"}}
-            return generate(_salted(prompt, "deltamem-off"), params, request_id, **kwargs)  # type: ignore[no-any-return]
+            return generate(self._salted(prompt, "off", tenant), params, request_id, **kwargs)  # type: ignore[no-any-return]
         if not session:
             params.extra_args = extra or None
-            return generate(_salted(prompt, "deltamem-none", always=False), params, request_id, **kwargs)  # type: ignore[no-any-return]
-        if scope.stranger:
-            raise SessionError("a session needs the API key: send Authorization: Bearer KEY", status=401)
+            return generate(self._salted(prompt, "none", tenant), params, request_id, **kwargs)  # type: ignore[no-any-return]
+        if not tenant:
+            raise no_key("a session needs the API key")
+        key = SessionKey(tenant, session)
+        kwargs["session_id"] = self.names.session(tenant, session)
         tokens = _token_ids(prompt)
         if scope.mode == "readwrite":
             scope.engine_calls += 1
@@ -120,17 +130,16 @@ class Gateway:
                     parameter="n",
                 )
         if len(self.clients) > 1:
-            kwargs["data_parallel_rank"] = self.rank_of(session)
+            kwargs["data_parallel_rank"] = self.rank_of(key)
         policy = self.policy if scope.writes is None else scope.writes
-        spans = mask_of(marks.get(MASK), len(tokens), policy)
-        params.extra_args = {**extra, EXTRA: {"unwritten": spans}}
-        return self._run(generate, scope, session, tokens, prompt, marks, params, request_id, kwargs)
+        params.extra_args = {**extra, EXTRA: {"unwritten": mask_of(marks.get(MASK), len(tokens), policy)}}
+        return self._run(generate, scope, key, tokens, prompt, marks, params, request_id, kwargs)
 
     async def _run(
         self,
         generate: Any,
         scope: Scope,
-        session: str,
+        key: SessionKey,
         tokens: np.ndarray,
         prompt: Any,
         marks: dict[str, Any],
@@ -138,10 +147,15 @@ class Gateway:
         request_id: str,
         kwargs: dict[str, Any],
     ) -> AsyncIterator[Any]:
-        client, ticket = self.client_of(session), secrets.token_hex(16)
+        client, ticket = self.client_of(key), secrets.token_hex(16)
         sampled, settled = 0, False
         try:
-            grant = await self._admit(client, ticket, scope, session, tokens, prompt, marks, params)
+            try:
+                await self._spend(scope)
+                grant = await self._admit(client, ticket, scope, key, tokens, prompt, marks, params)
+            except DeltaMemError as e:
+                raise _refusal(scope, e) from None
+            scope.admitted = True
             params.extra_args[EXTRA]["ticket"] = ticket
             prompt = {**prompt, "cache_salt": grant["salt"]}
             async with contextlib.aclosing(generate(prompt, params, request_id, **kwargs)) as outputs:
@@ -155,44 +169,59 @@ class Gateway:
                             # The engine sees an abort; only here it is known that a stop string ended the answer.
                             await client.ask("verdict", ticket=ticket, tokens=len(tokens) + sampled - 1)
                         settled = True
-                        scope.outcome = await self._outcome(client, ticket, session)
+                        scope.outcome = await self._outcome(client, ticket, key.session)
                     yield output
         finally:
             if not settled:  # refused, left by its client, or failed: nothing of this is remembered
                 with contextlib.suppress(Exception):
                     await asyncio.shield(client.ask("verdict", ticket=ticket, tokens=None, timeout=5.0))
 
+    async def _spend(self, scope: Scope) -> None:
+        """Take a write out of the tenant's quota. The first engine counts for all, so that there is one count."""
+        tenant = scope.tenant
+        if scope.mode == "readwrite" and tenant is not None and tenant.commits_per_minute is not None:
+            await self.clients[0].ask("spend", tenant=tenant.name, per_minute=tenant.commits_per_minute)
+
     async def _admit(
         self,
         client: ControlClient,
         ticket: str,
         scope: Scope,
-        session: str,
+        key: SessionKey,
         tokens: np.ndarray,
         prompt: Any,
         marks: dict[str, Any],
         params: Any,
     ) -> dict[str, Any]:
-        try:
-            return dict(
-                await client.ask(
-                    "admit",
-                    timeout=self.queue_seconds + ADMIT_MARGIN,
-                    ticket=ticket,
-                    tenant=TENANT,
-                    session=session,
-                    mode=scope.mode,
-                    tokens=tokens.tobytes(),
-                    salt=prompt.get("cache_salt"),
-                    held=bool(params.stop),
-                    unwritten=params.extra_args[EXTRA]["unwritten"],
-                    offered=marks.get(OFFERED, ()),
-                    pins=marks.get(PINS, ()) if scope.mode == "readwrite" else (),
-                )
+        return dict(
+            await client.ask(
+                "admit",
+                timeout=self.queue_seconds + ADMIT_MARGIN,
+                ticket=ticket,
+                tenant=key.tenant,
+                session=key.session,
+                mode=scope.mode,
+                tokens=tokens.tobytes(),
+                salt=prompt.get("cache_salt"),
+                held=bool(params.stop),
+                unwritten=params.extra_args[EXTRA]["unwritten"],
+                offered=marks.get(OFFERED, ()),
+                pins=marks.get(PINS, ()) if scope.mode == "readwrite" else (),
             )
-        except DeltaMemError as e:
-            scope.failure = e
-            raise VLLMValidationError(str(e)) from None
+        )
+
+    def _salted(self, prompt: Any, kind: Literal["off", "none"], tenant: str) -> Any:
+        """A prompt without a session whose cached blocks are its kind's and its tenant's own.
+
+        No client's salt can equal one of ours. Only where all requests are one tenant's, and with no salt of theirs,
+        is a prompt without a session left as vLLM made it.
+        """
+        if not isinstance(prompt, dict):
+            return prompt
+        theirs = prompt.get("cache_salt")
+        if kind == "none" and theirs is None and tenant == DEFAULT_TENANT:
+            return prompt
+        return {**prompt, "cache_salt": self.names.salt(kind, tenant, theirs or "")}
 
     @staticmethod
     async def _outcome(client: ControlClient, ticket: str, session: str) -> dict[str, Any]:
@@ -201,6 +230,12 @@ class Gateway:
             return dict(await client.ask("outcome", timeout=OUTCOME_TIMEOUT, ticket=ticket))
         except (CapacityError, SessionError) as e:
             return {"status": "unknown", "session": session, "error": str(e)}
+
+
+def _refusal(scope: Scope, error: DeltaMemError) -> VLLMValidationError:
+    """What vLLM is told of a refusal. It may log it, so it has no id in it; the response is made from ``failure``."""
+    scope.failure = error
+    return VLLMValidationError(redact(str(error), ids=scope.ids), parameter=getattr(error, "parameter", None))
 
 
 def _token_ids(prompt: Any) -> np.ndarray:
@@ -225,13 +260,3 @@ def _take_marks(prompt: Any) -> tuple[Any, dict[str, Any]]:
         return prompt, {}
     marks = {key: prompt[key] for key in (MASK, OFFERED, PINS) if key in prompt}
     return {key: value for key, value in prompt.items() if key not in marks}, marks
-
-
-def _salted(prompt: Any, kind: str, always: bool = True) -> Any:
-    """A prompt whose cached blocks are its kind's own: no client's salt can equal one of ours."""
-    if not isinstance(prompt, dict):
-        return prompt
-    theirs = prompt.get("cache_salt")
-    if theirs is None and not always:
-        return prompt
-    return {**prompt, "cache_salt": f"{kind}:{theirs or ''}"}

@@ -5,7 +5,6 @@ that is refused on its way to the engine gets its proper status, streaming or no
 """
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from deltamem_vllm.errors import CapacityError, PreconditionFailed, SessionError
@@ -18,7 +17,12 @@ from deltamem_vllm.server.scope import (
     check_id,
     check_mode,
     current,
+    no_key,
 )
+from deltamem_vllm.server.tenants import OneTenant, Tenants, bearer, is_open
+
+HELD = 4
+"""Parts of a stream that wait for the engine to be reached: the Responses API tells of a response before it asks."""
 
 _STATUS_TYPES = {
     400: "BadRequestError",
@@ -41,6 +45,8 @@ def error_body(error: BaseException) -> tuple[int, dict[str, str], bytes]:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
     if isinstance(error, PreconditionFailed) and error.version:
         headers["etag"] = f'"{error.version}"'
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     body = {
         "message": str(error),
         "type": _STATUS_TYPES.get(status, "ServiceUnavailableError" if status == 503 else "InternalServerError"),
@@ -56,21 +62,25 @@ class SessionMiddleware:
     Args:
         app: the application inside.
         session_header: name of the header that vLLM's own code does not know; renamed to ``X-Session-ID`` for it.
-        has_key: whether a request's ASGI scope carries an API key of the server; None if it asks for none.
+        tenants: tells whose request it is.
     """
 
-    def __init__(
-        self, app: Any, session_header: str = "X-Session-ID", has_key: Callable[[Any], bool] | None = None
-    ) -> None:
+    def __init__(self, app: Any, session_header: str = "X-Session-ID", tenants: Tenants | None = None) -> None:
         self.app = app
-        self.has_key = has_key
+        self.tenants = tenants if tenants is not None else OneTenant()
         self.header = session_header.lower().encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        ours = Scope(stranger=self.has_key is not None and not self.has_key(scope))
+        ours = Scope(tenant=self.tenants.of(bearer(scope["headers"])))
+        if ours.tenant is None and self._guarded(scope):
+            await _turn_away(scope, send)
+            return
+        if scope["type"] == "websocket":  # none of vLLM's has sessions
+            await self.app(scope, receive, send)
+            return
         try:
             sessions = [v.decode("latin-1") for k, v in scope["headers"] if k == self.header]
             modes = [v.decode("latin-1") for k, v in scope["headers"] if k == MODE_HEADER.lower().encode()]
@@ -79,6 +89,7 @@ class SessionMiddleware:
                 raise SessionError("the session, mode or write header was given more than once: send each once")
             if sessions:
                 ours.header_id = check_id(sessions[0], self.header.decode())
+                ours.ids.add(ours.header_id)
             if modes:
                 ours.mode = check_mode(modes[0])
             if writes:
@@ -86,14 +97,36 @@ class SessionMiddleware:
         except SessionError as e:
             await _respond(send, e)
             return
+        path = scope["path"]
+        if "/v1/sessions/" in path and path.endswith("/"):
+            # Else it would be redirected, and vLLM's HTTP metrics have a label for the path of a redirect, id and all.
+            raw = scope.get("raw_path") or path.encode()
+            scope = {**scope, "path": path.rstrip("/"), "raw_path": raw.rstrip(b"/")}
         if self.header != b"x-session-id":
             kept = [(k, v) for k, v in scope["headers"] if k not in (self.header, b"x-session-id")]
             scope = {**scope, "headers": kept + [(b"x-session-id", s.encode("latin-1")) for s in sessions]}
         token = current.set(ours)
+        sender = _Sender(send, ours)
         try:
-            await self.app(scope, receive, _Sender(send, ours))
+            await self.app(scope, receive, sender)
+        except Exception:
+            if not await sender.settle():
+                raise
         finally:
             current.reset(token)
+
+    def _guarded(self, scope: Any) -> bool:
+        """Whether it is ours to refuse this request to a stranger."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        preflight = scope["type"] == "http" and scope["method"] == "OPTIONS"  # a browser sends it without the key
+        return self.tenants.guard_everything and not preflight and not is_open(path)
+
+
+async def _turn_away(scope: Any, send: Any) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})  # before it was accepted: the handshake gets 403
+    else:
+        await _respond(send, no_key("this server needs an API key, and the request has none of its"))
 
 
 class _Sender:
@@ -104,6 +137,7 @@ class _Sender:
         self._start: dict[str, Any] | None = None
         self._replaced = False
         self._streams = False
+        self._held: list[dict[str, Any]] = []
 
     async def __call__(self, message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
@@ -112,19 +146,30 @@ class _Sender:
         if self._replaced:
             return
         if self._start is not None:
-            start, self._start = self._start, None
-            if self._ours.failure is not None:
-                self._replaced = True
-                await _respond(self._send, self._ours.failure)
+            if await self.settle():
                 return
-            headers = list(start.get("headers", []))
+            headers = list(self._start.get("headers", []))
             self._streams = any(k.lower() == b"content-type" and v.startswith(b"text/event-stream") for k, v in headers)
+            if self._streams and message.get("more_body") and not self._ours.admitted and len(self._held) < HELD:
+                self._held.append(message)
+                return
+            start, self._start = self._start, None
             await self._send({**start, "headers": headers + self._headers()})
+            for each in self._held:
+                await self._send(each)
+            self._held = []
         if self._streams and not message.get("more_body", False) and self._ours.outcome:
             # A stream's headers are gone before its outcome is known: say it in a closing comment.
             comment = "".join(f": {k.decode()}: {v.decode()}\n" for k, v in self._headers()) + "\n"
             message = {**message, "body": message.get("body", b"") + comment.encode()}
         await self._send(message)
+
+    async def settle(self) -> bool:
+        """Answer with our failure if there is one and nothing has left; whether that is the response."""
+        if self._ours.failure is not None and self._start is not None:
+            self._start, self._replaced = None, True
+            await _respond(self._send, self._ours.failure)
+        return self._replaced
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         outcome = self._ours.outcome

@@ -14,6 +14,7 @@ from deltamem_vllm.errors import SessionError
 from deltamem_vllm.server.scope import check_id, current
 from deltamem_vllm.sessions.facts import BLOCK, block
 from deltamem_vllm.sessions.masks import insertion, with_offer
+from deltamem_vllm.store.protocol import SessionKey
 
 if TYPE_CHECKING:
     from deltamem_vllm.server.gateway import Gateway
@@ -24,7 +25,7 @@ PINS = "deltamem_pins"
 """Key of a rendered conversation with the texts that are to be pinned."""
 
 Again = Callable[[list[Any]], Awaitable[dict[str, Any]]]
-_named: contextvars.ContextVar[str | None] = contextvars.ContextVar("deltamem_named", default=None)
+_named: contextvars.ContextVar[SessionKey | None] = contextvars.ContextVar("deltamem_named", default=None)
 
 
 def noting_session(preprocess_chat: Any) -> Any:
@@ -40,11 +41,11 @@ def noting_session(preprocess_chat: Any) -> Any:
     return with_session
 
 
-def session_named(request: Any) -> str | None:
+def session_named(request: Any) -> SessionKey | None:
     """The session of one of vLLM's requests, in vLLM's order: body, header, ``vllm_xargs``. None: none, or an id that
     is refused before the request reaches the engine."""
     scope = current.get()
-    if scope is None or scope.stranger:
+    if scope is None or scope.tenant is None:
         return None
     extra = getattr(request, "vllm_xargs", None)
     candidates = (
@@ -53,8 +54,10 @@ def session_named(request: Any) -> str | None:
         extra.get("session_id") if isinstance(extra, Mapping) else None,
     )
     named = next((name for name in candidates if name), None)
+    if isinstance(named, str):
+        scope.ids.add(named)
     try:
-        return check_id(named, "session_id") if named else None
+        return SessionKey(scope.tenant.name, check_id(named, "session_id")) if named else None
     except SessionError:
         return None
 
@@ -94,10 +97,10 @@ class Offering:
         Raises:
             DeltaMemError: the session cannot be read, or the chat template has no place for facts (422).
         """
-        session = _named.get()
-        if session is None or not self._chars:
+        key = _named.get()
+        if key is None or not self._chars:
             return
-        texts = await self._gateway.facts_for(session, _query(messages), self._chars)
+        texts = await self._gateway.facts_for(key, _query(messages), self._chars)
         if texts:
             await self._insert(block(texts, self._form, self._tokens()), messages, prompt, again, mask)
 

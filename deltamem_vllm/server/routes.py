@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field
 from deltamem_vllm.errors import DeltaMemError, SessionError
 from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import error_body
-from deltamem_vllm.server.scope import TENANT, check_id
+from deltamem_vllm.server.scope import check_id, tenant_of_request
+from deltamem_vllm.store.protocol import SessionKey
 
 
 class SessionInfo(BaseModel):
@@ -48,11 +49,8 @@ def make_router() -> APIRouter:
     async def get_session(session_id: str, request: Request) -> Any:
         """What is known of a session; 404 where there is none."""
         try:
-            found = (
-                await _gateway(request)
-                .client_of(check_id(session_id, "session_id"))
-                .ask("info", tenant=TENANT, session=session_id)
-            )
+            gateway, key = _named(request, session_id)
+            found = await gateway.client_of(key).ask("info", tenant=key.tenant, session=key.session)
             if found is None:
                 raise _not_found(session_id)
         except DeltaMemError as e:
@@ -63,7 +61,8 @@ def make_router() -> APIRouter:
     async def delete_session(session_id: str, request: Request) -> Any:
         """Erase a session. A request that is running finishes and commits nothing."""
         try:
-            if not await _gateway(request).delete(check_id(session_id, "session_id")):
+            gateway, key = _named(request, session_id)
+            if not await gateway.delete(key):
                 raise _not_found(session_id)
         except DeltaMemError as e:
             return _error(e)
@@ -72,9 +71,10 @@ def make_router() -> APIRouter:
     return router
 
 
-def _gateway(request: Request) -> Gateway:
+def _named(request: Request, session_id: str) -> tuple[Gateway, SessionKey]:
+    """The session of the request's tenant that a path names. Another tenant's is one that does not exist."""
     gateway: Gateway = request.app.state.deltamem
-    return gateway
+    return gateway, SessionKey(tenant_of_request().name, check_id(session_id, "session_id"))
 
 
 def _not_found(session_id: str) -> SessionError:

@@ -25,6 +25,7 @@ from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.folders import hold
 from deltamem_vllm.memory.pages import SUFFIX
 from deltamem_vllm.memory.preflight import backbone_shape, model_fingerprint
+from deltamem_vllm.redaction import install
 from deltamem_vllm.sessions.control import serve
 from deltamem_vllm.sessions.scheduler import SchedulerSide
 from deltamem_vllm.sessions.service import SessionService
@@ -68,6 +69,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         settings = settings_of(vllm_config)
         if settings is None:
             raise ConfigError("DeltaMemConnector needs the settings that --plugin deltamem makes; pass that instead")
+        install()
         adapter = load_adapter(settings.adapter, backbone_shape(vllm_config))
         layer_ids = sorted(adapter.layers)
         shape = adapter.shape
@@ -86,6 +88,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             state_shape=state_shape,
             queue_depth=settings.queue_depth,
             queue_seconds=settings.queue_seconds,
+            secret=settings.secret(),
             host_bytes=settings.host_bytes,
             write_behind=settings.write_behind,
             ttl=settings.ttl,

@@ -12,6 +12,7 @@ answer repeats. Nothing here is reachable from a network.
     facts    {tenant, session}        → {facts, version}
     pin      {tenant, session, request, pins, match} → {facts, version}
     unpin    {tenant, session, request, fact, match} → {version, until}
+    spend    {tenant, per_minute}      → {}                        429 when the tenant's bucket is empty
     info     {tenant, session}        → {…} or nil
     delete   {tenant, session}        → {existed}
 
@@ -130,6 +131,9 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
             return {}
         case "offer" | "facts" | "pin" | "unpin":
             return await pinning.answer(service, SessionKey(q["tenant"], q["session"]), q)
+        case "spend":
+            service.rates.spend(q["tenant"], q["per_minute"])
+            return {}
         case "info":
             return await service.info(SessionKey(q["tenant"], q["session"]))
         case "delete":

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from deltamem_vllm.names import Names
 from deltamem_vllm.sessions.facts import Pin
 from deltamem_vllm.sessions.masks import Spans
 from deltamem_vllm.sessions.windows import WRITE_ALL, Mode, Plan
@@ -70,15 +71,23 @@ def state_digest(state: np.ndarray | None) -> str:
 
 
 def cache_salt(
-    key: SessionKey, incarnation: str, base_digest: str, limit: int, adapter: str, clients: str | None
+    key: SessionKey,
+    incarnation: str,
+    base_digest: str,
+    limit: int,
+    adapter: str,
+    clients: str | None,
+    names: Names,
 ) -> str:
     """Prefix-cache salt of a request of a session.
 
     A cached block is right for a request only if the tokens before it *and* the memory they started from are equal,
     and if the same of them were written. All of that goes in, so that blocks made from another memory, or in another
-    session, can never be taken for ours. The incarnation is random, so no client can name another's salt.
+    session, can never be taken for ours. It is an HMAC with the server's secret, so no client can name another's salt,
+    and the salt, which KV events carry, does not tell what it was made of.
     """
-    parts = [
+    return names.salt(
+        "session",
         key.tenant,
         key.session,
         incarnation,
@@ -86,9 +95,4 @@ def cache_salt(
         "all" if limit == WRITE_ALL else str(limit),
         adapter,
         clients or "",
-    ]
-    hasher = hashlib.blake2b(digest_size=16, person=b"deltamem-salt")
-    for part in parts:
-        raw = part.encode()
-        hasher.update(len(raw).to_bytes(4, "little") + raw)
-    return f"deltamem-{hasher.hexdigest()}"
+    )

@@ -20,6 +20,7 @@ import numpy as np
 
 from deltamem_vllm.audit.log import AuditLog
 from deltamem_vllm.errors import SessionError
+from deltamem_vllm.names import Names
 from deltamem_vllm.sessions import pinning, windows
 from deltamem_vllm.sessions.commits import Commits, WriteBehind
 from deltamem_vllm.sessions.directory import Directory, Session
@@ -29,6 +30,7 @@ from deltamem_vllm.sessions.grants import Grant, cache_salt, state_digest
 from deltamem_vllm.sessions.leases import EngineLeases
 from deltamem_vllm.sessions.masks import Spans, conversation, place
 from deltamem_vllm.sessions.quotas import Quotas
+from deltamem_vllm.sessions.rates import Rates
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.sessions.tickets import Ticket, Tickets
 from deltamem_vllm.store.protocol import Expect, SessionKey, StateStore
@@ -53,6 +55,7 @@ class SessionService:
         model: backbone fingerprint.
         state_shape: [layers, H, r, r].
         queue_depth, queue_seconds, host_bytes, ttl: see `deltamem_vllm.config.Settings`.
+        secret: the server's, at least 32 bytes.
         write_behind: (seconds, versions) that clients may be told ahead of the store; None: not at all.
         audit: where changes are logged; closed with the service.
     """
@@ -67,6 +70,7 @@ class SessionService:
         state_shape: tuple[int, ...],
         queue_depth: int,
         queue_seconds: float,
+        secret: bytes,
         host_bytes: int = 256 << 20,
         write_behind: tuple[float, int] | None = None,
         ttl: float = 0.0,
@@ -78,6 +82,8 @@ class SessionService:
         self.records = Records(self.store, self._erase_from_pool, layout=layout, adapter=adapter, model=model)
         self.writer = CommitWriter(self.store)
         self.quotas = Quotas(self.records, state_shape)
+        self.rates = Rates()
+        self._names = Names(secret)
         self.leases = EngineLeases(getattr(self.store, "leases", None))
         self.commits = Commits(
             self.writer,
@@ -262,7 +268,7 @@ class SessionService:
         limit = grant.write_limit
         made_from = f"{self.adapter}/{self._epoch}"
         return {
-            "salt": cache_salt(session.key, grant.incarnation, grant.base_digest, limit, made_from, salt),
+            "salt": cache_salt(session.key, grant.incarnation, grant.base_digest, limit, made_from, salt, self._names),
             "version": version,
             "window": plan.kind,
             "matched": plan.matched,

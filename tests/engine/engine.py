@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltamem_vllm.server.scope import TENANT
+from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.store.codec import encode
 from deltamem_vllm.store.protocol import Record, SessionKey
 from deltamem_vllm.store.url import open_store
@@ -168,7 +168,7 @@ class Engine:
         """Committed records, read from the store's file by this process."""
         store = open_store(self._store_url)
         try:
-            return [store.get(SessionKey(TENANT, session)) for session in sessions]
+            return [store.get(SessionKey(DEFAULT_TENANT, session)) for session in sessions]
         finally:
             store.close()
 

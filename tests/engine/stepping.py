@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from deltamem_vllm.server.scope import TENANT
+from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.sessions import scheduler as scheduler_module
 from deltamem_vllm.sessions.grants import EXTRA
 from deltamem_vllm.store.protocol import SessionKey
@@ -90,7 +90,7 @@ class Stepped:
                 if output.finished:
                     return Aborted(None, 0.0, self._outcome(ticket), self._blocks_in_use())
         assert ask.session is not None
-        session = self.service.directory.get(SessionKey(TENANT, ask.session))
+        session = self.service.directory.get(SessionKey(DEFAULT_TENANT, ask.session))
         assert session.owner == ticket, "the session was not the request's to begin with"
         begun = time.monotonic()
         self.engine.abort_request([request], internal=True)
@@ -114,7 +114,7 @@ class Stepped:
         ticket, prompt = "", {"prompt_token_ids": list(ask.ids)}
         if ask.session is not None:
             ticket = secrets.token_hex(16)
-            key, ids = SessionKey(TENANT, ask.session), np.asarray(ask.ids, np.int32)
+            key, ids = SessionKey(DEFAULT_TENANT, ask.session), np.asarray(ask.ids, np.int32)
             grant = self._ask_soon(self.service.admit(ticket, key, ask.mode, ids, None, held)).result(PATIENCE)
             params.extra_args = {EXTRA: {"ticket": ticket}}
             prompt["cache_salt"] = grant["salt"]

@@ -21,7 +21,7 @@ from deltamem_vllm.demo.server import VllmServer
 from deltamem_vllm.recall import ADAPTER_DIR, MODEL_DIR
 from deltamem_vllm.recall.data import Shape, dialogues
 from deltamem_vllm.recall.tokenizer import build
-from deltamem_vllm.server.scope import TENANT
+from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.store.protocol import Record, SessionKey, StateStore
 from deltamem_vllm.store.url import open_store
 from tests.server.talk import Logprobs, Talk, chat, chunks, closing, memory_headers, new_session, ok, outcome
@@ -108,7 +108,7 @@ class Served:
 
     def record(self, session: str) -> Record | None:
         """What is committed."""
-        return self._store.get(SessionKey(TENANT, session))
+        return self._store.get(SessionKey(DEFAULT_TENANT, session))
 
     def cache_hits(self) -> float:
         """Prompt tokens that came from the prefix cache."""

@@ -22,6 +22,7 @@ from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.plugin import _FLAGS, register
 from tests.server.conftest import ADAPTER, HERE, MODEL
 
+LOOPBACK = ["--host", "127.0.0.1"]
 SMALL = ["--dtype", "float32", "--block-size", "32", "--max-model-len", "1024", "--enforce-eager"]
 
 
@@ -52,7 +53,16 @@ def configure(*arguments: str, model: Path = MODEL) -> Any:
 
 
 def plugin(*arguments: str, adapter: Path = ADAPTER, store: str = "memory://") -> list[str]:
-    return ["--plugin", "deltamem", "--deltamem-adapter", str(adapter), "--deltamem-store", store, *arguments]
+    return [
+        "--plugin",
+        "deltamem",
+        "--deltamem-adapter",
+        str(adapter),
+        "--deltamem-store",
+        store,
+        *LOOPBACK,
+        *arguments,
+    ]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -98,10 +108,10 @@ def test_a_yaml_file_is_a_command_line(tmp_path: Path) -> None:
         f"plugin: deltamem\ndeltamem-adapter: {ADAPTER}\ndeltamem-store: memory://\ndeltamem-queue-depth: 5\n"
         "deltamem-queue-seconds: 2.5\n"
     )
-    settings = settings_of(parse("--config", str(path)))
+    settings = settings_of(parse("--config", str(path), *LOOPBACK))
     assert settings is not None
     assert (settings.adapter, settings.queue_depth, settings.queue_seconds) == (str(ADAPTER), 5, 2.5)
-    overridden = settings_of(parse("--config", str(path), "--deltamem-queue-depth", "6"))
+    overridden = settings_of(parse("--config", str(path), *LOOPBACK, "--deltamem-queue-depth", "6"))
     assert overridden is not None
     assert overridden.queue_depth == 6
 
@@ -109,7 +119,7 @@ def test_a_yaml_file_is_a_command_line(tmp_path: Path) -> None:
 def test_the_environment_is_a_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTAMEM_ADAPTER", str(ADAPTER))
     monkeypatch.setenv("DELTAMEM_STORE", "memory://")
-    settings = settings_of(parse("--plugin", "deltamem"))
+    settings = settings_of(parse("--plugin", "deltamem", *LOOPBACK))
     assert settings is not None
     assert (settings.adapter, settings.store) == (str(ADAPTER), "memory://")
 
@@ -169,6 +179,68 @@ def test_refusals_of_the_parser(capsys: pytest.CaptureFixture[str], monkeypatch:
     said = refused(capsys, *plugin())
     assert "VLLM_PLUGINS='something_else' leaves deltamem out" in said
     assert "add deltamem to it, or unset it" in said
+
+
+# --- who may reach it -------------------------------------------------------------------------------------------------
+
+
+def without_host(*arguments: str) -> list[str]:
+    return [*(a for a in plugin() if a not in LOOPBACK), *arguments]
+
+
+@pytest.mark.parametrize("host", [None, "0.0.0.0", "::", "10.1.2.3", "a.b", "localhost.evil", "127.0.0.1.b"])
+def test_without_a_key_only_loopback_is_served(host: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, *without_host(*(["--host", host] if host else [])))
+    for remedy in ("--api-key KEY", "--deltamem-key-file PATH", "--deltamem-open", "--host 127.0.0.1"):
+        assert remedy in said
+    assert (host if host else "all interfaces (no --host was given)") in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--host", "127.0.0.1"],
+        ["--host", "127.8.9.10"],
+        ["--host", "::1"],
+        ["--host", "localhost"],
+        ["--uds", "/tmp/socket"],
+        ["--deltamem-open"],
+        ["--host", "0.0.0.0", "--api-key", "k"],
+        ["--headless"],
+    ],
+    ids=lambda a: "-".join(a),
+)
+def test_where_a_server_starts(arguments: list[str]) -> None:
+    assert settings_of(parse(*without_host(*arguments))) is not None
+
+
+def test_the_environment_opens_a_server_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    parse(*without_host())
+    monkeypatch.delenv("VLLM_API_KEY")
+    monkeypatch.setenv("DELTAMEM_OPEN", "1")
+    parse(*without_host())
+
+
+def test_a_key_file_opens_a_server_if_it_is_good_and_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text('{"tenants": {}}')
+    settings = settings_of(parse(*without_host("--deltamem-key-file", str(path))))
+    assert settings is not None
+    assert settings.key_file == str(path)
+    said = refused(capsys, *plugin("--deltamem-key-file", str(path), "--api-key", "k"))
+    assert "--deltamem-key-file beside --api-key" in said
+    assert "leave --api-key out" in said
+    path.write_text("{")
+    assert "is not the JSON of a key file" in refused(capsys, *plugin("--deltamem-key-file", str(path)))
+    assert "No such file" in refused(capsys, *plugin("--deltamem-key-file", str(tmp_path / "other")))
+
+
+def test_a_secret_that_is_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "secret").write_bytes(b"short")
+    (tmp_path / "secret").chmod(0o600)
+    said = refused(capsys, *plugin("--deltamem-secret-file", str(tmp_path / "secret")))
+    assert "has 5 bytes; it needs 32 random ones or more" in said
 
 
 # --- refused before the engine starts ---------------------------------------------------------------------------------

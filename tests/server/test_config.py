@@ -1,6 +1,7 @@
 """Settings: flags over environment over defaults, and errors that say what to do."""
 
 import os
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,9 @@ def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "ttl": 0.0,
         "write": "system,user,assistant",
         "kernel": "auto",
+        "key_file": "",
+        "open": False,
+        "secret_file": "",
         "control": "",
     }
 
@@ -117,6 +121,34 @@ def test_a_wrong_value_names_the_flag_and_the_value(
     monkeypatch.setenv(f"DELTAMEM_{name.upper()}", str(value))
     with pytest.raises(ConfigError, match=f"--deltamem-{name.replace('_', '-')}"):
         resolve({"adapter": "a", "store": "memory://"})
+
+
+def test_the_secret_travels_in_a_private_file_and_not_in_the_settings(tmp_path: Path) -> None:
+    plain = resolve({"adapter": "a", "store": "memory://"})
+    one, other = plain.with_control(), plain.with_control()
+    assert len(one.secret()) >= 32
+    assert one.secret() == Settings(**one.model_dump()).secret(), "every process must find the same one"
+    assert one.secret() != other.secret()
+    assert one.secret().hex() not in str(one.model_dump())
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (Path(one.control), Path(one.control) / "secret")] == [0o700, 0o600]
+    given = tmp_path / "secret"
+    given.write_bytes(bytes(range(64)))
+    given.chmod(0o600)
+    assert plain.model_copy(update={"secret_file": str(given)}).with_control().secret() == bytes(range(64))
+
+
+def test_a_secret_file_that_is_no_secret(tmp_path: Path) -> None:
+    def start() -> str:
+        with pytest.raises(ConfigError) as e:
+            resolve({"adapter": "a", "store": "memory://", "secret_file": str(tmp_path / "s")}).with_control()
+        return str(e.value)
+
+    assert "cannot be read: No such file" in start()
+    (tmp_path / "s").write_bytes(b"x" * 31)
+    (tmp_path / "s").chmod(0o640)
+    assert "has 31 bytes; it needs 32 random ones or more" in start()
+    (tmp_path / "s").chmod(0o602)
+    assert "can be written by anyone: chmod 600" in start()
 
 
 def test_settings_are_frozen() -> None:

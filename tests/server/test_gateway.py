@@ -13,13 +13,15 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
+from deltamem_vllm.names import Names
 from deltamem_vllm.server import gateway as gateway_module
 from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.scope import Scope, current
 from deltamem_vllm.sessions.control import ControlClient
 from deltamem_vllm.sessions.grants import EXTRA
 from deltamem_vllm.sessions.service import SessionService
-from tests.sessions.harness import TENANT, make_service, memory, serving
+from deltamem_vllm.store.protocol import SessionKey
+from tests.sessions.harness import SECRET, TENANT, make_service, memory, serving
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Engine:
         self.service.commit(grant.ticket, fed, memory(grant.base, fed))
 
 
+NAMES = Names(SECRET)
 Scenario = Callable[[Gateway, Engine], Awaitable[None]]
 
 
@@ -88,7 +91,7 @@ def play(folder: Path, scenario: Scenario, **options: Any) -> None:
     async def whole(address: str) -> None:
         client = ControlClient(address)
         try:
-            await asyncio.wait_for(scenario(Gateway([client], service.queue_seconds), Engine(service)), 30)
+            await asyncio.wait_for(scenario(Gateway([client], service.queue_seconds, NAMES), Engine(service)), 30)
         finally:
             client.close()
 
@@ -185,11 +188,11 @@ def test_the_effective_id_is_checked_wherever_it_came_from(tmp_path: Path, bad: 
 def test_a_stranger_reaches_no_session(tmp_path: Path) -> None:
     async def scenario(gateway: Gateway, engine: Engine) -> None:
         for mode in ("readwrite", "read"):
-            scope = Scope(mode=mode, stranger=True)  # type: ignore[arg-type]
+            scope = Scope(mode=mode, tenant=None)  # type: ignore[arg-type]
             with pytest.raises(VLLMValidationError, match="needs the API key"):
                 await send(gateway, engine, scope=scope)
             assert getattr(scope.failure, "status", None) == 401
-        await send(gateway, engine, session=None, scope=Scope(stranger=True))
+        await send(gateway, engine, session=None, scope=Scope(tenant=None))
 
     play(tmp_path, scenario)
 
@@ -340,8 +343,8 @@ def test_a_session_always_goes_to_the_same_engine() -> None:
     class Clients(list[Any]):
         pass
 
-    gateway = Gateway(Clients([SimpleNamespace(rank=i) for i in range(4)]), 1.0)
-    ranks = {f"s{i}": gateway.rank_of(f"s{i}") for i in range(200)}
+    gateway = Gateway(Clients([SimpleNamespace(rank=i) for i in range(4)]), 1.0, NAMES)
+    ranks = {key: gateway.rank_of(key) for key in (SessionKey(TENANT, f"s{i}") for i in range(200))}
     assert set(ranks.values()) == {0, 1, 2, 3}
     for session, rank in ranks.items():
         assert gateway.rank_of(session) == rank

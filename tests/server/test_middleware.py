@@ -10,7 +10,7 @@ import pytest
 
 from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError, StoreUnavailable
 from deltamem_vllm.server.middleware import SessionMiddleware, error_body
-from deltamem_vllm.server.scope import Scope, check_id, current
+from deltamem_vllm.server.scope import Scope, check_id, current, effective_id
 
 Headers = list[tuple[bytes, bytes]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -115,6 +115,22 @@ def test_ids_from_elsewhere_are_refused_too(bad: Any) -> None:
         check_id(bad, "session_id")
 
 
+def test_the_effective_id() -> None:
+    assert effective_id(None, None, None) is None
+    assert effective_id("", None, "") is None
+    for body, header, extra in (("a", None, None), ("a", "a", None), ("a", None, "a"), ("a", "a", "a")):
+        assert effective_id(body, header, extra) == "a"
+    different = (("a", "b", None), ("a", None, "b"), ("a", "a", "b"), ("a", "b", "a"), ("a", "b", "c"))
+    for body, header, extra in different:
+        with pytest.raises(SessionError, match="different sessions") as e:
+            effective_id(body, header, extra)
+        said = {word.strip(",:") for word in str(e.value).split()}
+        assert {repr(each) for each in (body, header, extra) if each} <= said
+    for odd in (7, ["a"], "a b", True):
+        with pytest.raises(SessionError, match="invalid session id"):
+            effective_id("a", None, odd)
+
+
 @pytest.mark.parametrize("name", [b"x-session-id", b"x-deltamem-mode"])
 def test_a_header_given_twice_is_refused(name: bytes) -> None:
     response = exchange(never, (name, b"read"), (name, b"read"))
@@ -150,6 +166,29 @@ def test_a_renamed_header_reaches_vllm_under_its_own_name_and_the_old_one_does_n
     exchange(app, (b"x-session-id", b"smuggled"), header="X-Conversation")
     assert seen == [[(b"x-session-id", b"mine")], []]
     assert exchange(never, (b"x-conversation", b"a b"), header="X-Conversation").status == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "served"),
+    [
+        ("/v1/sessions/mia/", "/v1/sessions/mia"),
+        ("/v1/sessions/mia//", "/v1/sessions/mia"),
+        ("/base/v1/sessions/mia/fork/", "/base/v1/sessions/mia/fork"),
+        ("/v1/sessions/", "/v1/sessions"),
+        ("/v1/sessions/mia", "/v1/sessions/mia"),
+        ("/v1/models/", "/v1/models/"),
+    ],
+)
+def test_a_sessions_path_is_not_redirected(path: str, served: str) -> None:
+    """The metrics that vLLM keeps of HTTP requests would name the path of a redirect."""
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope["path"], scope["raw_path"]))
+
+    scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "headers": []}
+    asyncio.run(SessionMiddleware(app)(scope, None, None))
+    assert seen == [(served, served.encode())]
 
 
 def test_other_kinds_of_connection_pass_untouched() -> None:
@@ -194,6 +233,7 @@ def test_a_stream_passes_part_by_part_and_ends_with_the_outcome() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         ours = current.get()
         assert ours is not None
+        ours.admitted = True
         kind = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": kind})
         await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
@@ -246,6 +286,32 @@ def test_a_failure_after_the_first_byte_cannot_replace_it() -> None:
 
     response = exchange(app)
     assert (response.status, response.body) == (200, b"begun and ended")
+
+
+def test_a_stream_that_talks_before_it_asks_is_still_refused() -> None:
+    """The Responses API announces a response, then reaches the engine, and raises what that says."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        ours = current.get()
+        assert ours is not None
+        kind = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": kind})
+        for part in (b"event: response.created\n\n", b"event: response.in_progress\n\n"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        if refuse:
+            ours.failure = CapacityError("busy", status=409)
+            raise RuntimeError("Caught handled exception, but response already started.")
+        ours.admitted = True
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    refuse = True
+    response = exchange(app)
+    assert (response.status, response.error["type"]) == (409, "ConflictError")
+    refuse = False
+    response = exchange(app)
+    assert response.status == 200
+    assert response.parts[:3] == [b"event: response.created\n\n", b"event: response.in_progress\n\n", b"data: 1\n\n"]
 
 
 def test_an_application_that_raises_is_not_hidden() -> None:

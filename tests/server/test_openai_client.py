@@ -62,7 +62,12 @@ def test_a_stream_that_is_closed_commits_nothing(client: openai.OpenAI, talk: Ta
 def test_responses_and_body_fields(client: openai.OpenAI, talk: Talk, session: str) -> None:
     other = new_session()
     client.responses.create(model="m", input="Bo is a cat.", max_output_tokens=8)
-    client.completions.create(model="m", prompt="Bo is", max_tokens=4, extra_body={"session_id": other})
+    with pytest.raises(openai.BadRequestError, match="different sessions"):
+        client.completions.create(model="m", prompt="Bo is", max_tokens=4, extra_body={"session_id": other})
+    alone = {"X-Session-ID": openai.Omit()}  # instead of the client's own
+    client.completions.create(
+        model="m", prompt="Bo is", max_tokens=4, extra_headers=alone, extra_body={"session_id": other}
+    )
     assert (talk.version(session), talk.version(other)) == (1, 1)
     assert ok(talk.get(f"/v1/sessions/{other}"))["windows"] == 1
 

@@ -1,5 +1,6 @@
 """Sessions as clients of a real server see them."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -117,13 +118,21 @@ def test_sessions_api_refuses_bad_ids(talk: Talk, path: str) -> None:
 # --- who names the session --------------------------------------------------------------------------------------------
 
 
-def test_the_body_beats_the_header_and_the_header_beats_xargs(talk: Talk) -> None:
+def test_a_session_is_named_in_the_body_the_header_or_xargs_and_only_once(talk: Talk) -> None:
     body, header, xargs = new_session(), new_session(), new_session()
-    by_xargs = {"vllm_xargs": {"session_id": xargs}}
-    assert outcome(talk.complete(FACT, header, session_id=body, **by_xargs))[0] == body
-    assert outcome(talk.complete(FACT, header, **by_xargs))[0] == header
-    assert outcome(talk.complete(FACT, **by_xargs))[0] == xargs
-    assert [talk.version(x) for x in (body, header, xargs)] == [1, 1, 1]
+    assert outcome(talk.complete(FACT, session_id=body))[0] == body
+    assert outcome(talk.complete(FACT, header))[0] == header
+    assert outcome(talk.complete(FACT, vllm_xargs={"session_id": xargs}))[0] == xargs
+    same = {"session_id": body, "vllm_xargs": {"session_id": body}}
+    assert outcome(talk.complete(FACT, body, **same)) == (body, "2", "committed")
+    for both in ({"session_id": body}, {"vllm_xargs": {"session_id": body}}, same):
+        for stream in (False, True):
+            error = refused(talk.complete(FACT, header, stream=stream, **both), 400, "names different sessions")
+            assert {f"{body!r}", f"{header!r}"} <= set(re.findall("'[^']*'", error["message"]))
+    refused(talk.complete(FACT, session_id=body, vllm_xargs={"session_id": xargs}), 400, "session_id in the body says")
+    refused(talk.complete(FACT, header, "off", session_id=body), 400, "send one id")
+    refused(talk.chat("Bo is a cat.", header, session_id=body), 400, "send one id")
+    assert [talk.version(x) for x in (body, header, xargs)] == [2, 1, 1]
 
 
 def test_a_client_cannot_speak_for_the_gateway(talk: Talk) -> None:

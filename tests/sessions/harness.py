@@ -18,6 +18,7 @@ from deltamem_vllm.store.protocol import SessionKey, StateStore
 SHAPE, LAYOUT = (2, 1, 2, 2), "L2H1r2"
 ADAPTER, MODEL = "adapter-fingerprint", "model-fingerprint"
 TENANT = "default"
+SECRET = bytes(range(32))
 T = TypeVar("T")
 
 
@@ -39,6 +40,7 @@ def make_service(store: str | StateStore = "memory://", **options: Any) -> Sessi
         "state_shape": SHAPE,
         "queue_depth": 8,
         "queue_seconds": 10.0,
+        "secret": SECRET,
         **options,
     }
     if isinstance(store, str):

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deltamem_vllm.names import Names
 from deltamem_vllm.sessions.grants import ZERO, cache_salt, state_digest
 from deltamem_vllm.sessions.windows import WRITE_ALL
 from deltamem_vllm.store.protocol import SessionKey
+from tests.sessions.harness import SECRET
 
 BASE: dict[str, Any] = {
     "key": SessionKey("tenant", "session"),
@@ -17,6 +19,7 @@ BASE: dict[str, Any] = {
     "limit": WRITE_ALL,
     "adapter": "adapter",
     "clients": None,
+    "names": Names(SECRET),
 }
 
 
@@ -32,8 +35,9 @@ BASE: dict[str, Any] = {
         {"limit": -1},
         {"adapter": "adapter2"},
         {"clients": "mine"},
+        {"names": Names(bytes(32))},
     ],
-    ids=lambda change: f"{next(iter(change.items()))}",
+    ids=lambda change: next(iter(change)),
 )
 def test_each_part_changes_the_salt(change: dict[str, Any]) -> None:
     assert cache_salt(**BASE) == cache_salt(**BASE)
@@ -51,15 +55,17 @@ def test_parts_cannot_run_into_each_other() -> None:
     salts = set()
     cuts = list(itertools.combinations(range(1, len(text)), 4))
     for a, b, c, d in cuts:
-        salts.add(cache_salt(SessionKey(text[:a], text[a:b]), text[b:c], text[c:d], WRITE_ALL, text[d:], None))
+        salts.add(
+            cache_salt(SessionKey(text[:a], text[a:b]), text[b:c], text[c:d], WRITE_ALL, text[d:], None, BASE["names"])
+        )
     assert len(salts) == len(cuts)
 
 
 def test_a_client_cannot_name_a_session_salt() -> None:
-    """What a client sends as ``cache_salt`` is hashed with the secret incarnation; it never replaces it."""
+    """What a client sends as ``cache_salt`` is hashed with the server's secret; it never replaces it."""
     ours = cache_salt(**BASE)
     assert cache_salt(**{**BASE, "clients": ours}) != ours
-    assert cache_salt(**{**BASE, "incarnation": "99999999", "clients": ours}) != ours
+    assert cache_salt(**{**BASE, "names": Names(bytes(32)), "clients": ours}) != ours
 
 
 def test_digests_name_content() -> None:
