@@ -52,7 +52,8 @@ def test_a_growing_conversation_is_one_window_whatever_is_offered() -> None:
             await service.delete(key(SESSION))
             for number in range(6):
                 new = [rng.randrange(1000) for _ in range(rng.randint(1, 5))]
-                prompt, offer = put(history + new, len(history), [rng.randrange(1000) for _ in range(rng.randint(0, 4))])
+                block = [rng.randrange(1000) for _ in range(rng.randint(0, 4))]
+                prompt, offer = put(history + new, len(history), block)
                 reply = [rng.randrange(1000) for _ in range(rng.randint(1, 4))]
                 made = await offered_turn(service, prompt, offer, reply)
                 assert made["window"] == ("extend" if number else "new"), (seed, number)
