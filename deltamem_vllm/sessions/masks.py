@@ -63,7 +63,9 @@ def conversation(tokens: Sequence[int] | NDArray[np.int32], spans: Spans, offere
 
 
 def place(offered: Spans, count: int) -> int:
-    """The least position in a prompt that ``count`` of the conversation's own tokens lie before."""
+    """The least position in a prompt that ``count`` of the conversation's own tokens lie before; `OPEN` stays that."""
+    if count == OPEN:  # every token: a position beyond it would not fit 32 bits
+        return OPEN
     for start, stop in offered:
         if start < count:
             count += stop - start

@@ -94,6 +94,7 @@ def test_places_of_what_is_offered(seed: int) -> None:
     assert np.array_equal(conversation(prompt, both, (span,)), sign(own, spans))
     for count in range(len(own) + 1):
         assert list(conversation(prompt[: place((span,), count)], (), (span,))) == own[:count]
+    assert (place((span,), OPEN), place((span,), -1)) == (OPEN, -1)  # write limits: all, nothing
     assert insertion(own, own) is None
     assert insertion([5, *own], prompt[:-1]) is None
 
