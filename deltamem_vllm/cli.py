@@ -5,11 +5,13 @@ from __future__ import annotations
 import typer
 
 from deltamem_vllm.adapter import commands as adapter
+from deltamem_vllm.audit import commands as audit
 from deltamem_vllm.server import commands as keys
 from deltamem_vllm.store import commands as store
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="δ-mem for vLLM: offline tools.")
 app.add_typer(adapter.app, name="adapter")
+app.add_typer(audit.app, name="audit")
 app.add_typer(keys.app, name="keys")
 app.add_typer(store.app, name="store")
 

@@ -20,6 +20,7 @@ from deltamem_vllm import folders
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.names import MIN_SECRET_BYTES
 from deltamem_vllm.policy import parse_policy
+from deltamem_vllm.sessions.facts import PLACE
 from deltamem_vllm.store.url import default_url
 
 logger = logging.getLogger("vllm.deltamem")
@@ -50,6 +51,10 @@ class Settings(BaseModel):
         write: roles whose messages are written, separated by commas, or ``all``, or ``none``.
         history: what is done with a history that a client resends: ``full`` or ``elide``.
         history_keep: with ``elide``, how many of the messages that the memory holds are sent along as context.
+        facts_chars: characters of pinned facts that a prompt is offered; beyond it those that match the question best.
+        facts_block: text that offers them, with ``{facts}`` in it; empty: the built-in one.
+        audit: file that changes of sessions are logged to; empty: none.
+        audit_required: refuse changes while it cannot be written.
         kernel: ``auto`` takes the compiled operators where they load, on a GPU else Triton's; ``torch`` forces the slow
             fallback.
         key_file: tenants and the digests of their keys (`deltamem_vllm.server.tenants`); empty: none.
@@ -76,6 +81,10 @@ class Settings(BaseModel):
     write: str = "system,user,assistant"
     history: Literal["full", "elide"] = "full"
     history_keep: int = Field(default=2, ge=0, le=1000)
+    facts_chars: int = Field(default=8000, ge=0, le=400_000)
+    facts_block: str = ""
+    audit: str = ""
+    audit_required: bool = False
     kernel: Literal["auto", "native", "triton", "torch"] = "auto"
     key_file: str = ""
     open: bool = False
@@ -99,6 +108,13 @@ class Settings(BaseModel):
     def _header_name(cls, value: str) -> str:
         if not _HEADER.fullmatch(value):
             raise ValueError(f"{value!r} is no HTTP header name (letters, digits and '-', at most 64)")
+        return value
+
+    @field_validator("facts_block")
+    @classmethod
+    def _facts_block(cls, value: str) -> str:
+        if value and value.count(PLACE) != 1:
+            raise ValueError(f"the text must have {PLACE} in it once")
         return value
 
     @field_validator("write")
@@ -171,6 +187,8 @@ def resolve(given: Mapping[str, Any]) -> Settings:
         if values.get(name):
             values[name] = str(Path(values[name]).expanduser().absolute())
     values.setdefault("store", default_url())
+    if values.get("audit"):
+        values["audit"] = str(Path(values["audit"]).expanduser().absolute())
     try:
         return Settings(**values)
     except ValidationError as e:

@@ -88,6 +88,21 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "elide: how many of those messages to send along as context (default 2).",
     },
+    "facts-chars": {
+        "type": int,
+        "metavar": "N",
+        "help": "Characters of a session's pinned facts that a prompt is offered; beyond it those that match the "
+        "question best (default 8000).",
+    },
+    "facts-block": {
+        "metavar": "TEXT",
+        "help": "Text that offers pinned facts to the model, with {facts} where they go (default: a built-in one).",
+    },
+    "audit": {"metavar": "FILE", "help": "Log changes of sessions to this hash-chained file (default: none)."},
+    "audit-required": {
+        "action": "store_true",
+        "help": "Refuse changes with 503 while the audit log cannot be written.",
+    },
     "key-file": {
         "metavar": "PATH",
         "help": "Tenants, the digests of their API keys and their quotas (see deltamem keys --help); read again when "

@@ -1,12 +1,12 @@
-"""Between a conversation and its prompt: what of it is rendered, and which of the tokens are written.
+"""Between a conversation and its prompt: what of it is rendered, what is put in, and which of the tokens are written.
 
 vLLM renders every chat-like endpoint's messages (chat, responses, Anthropic messages, batches) with one method of one
 renderer; wrapping it sees messages and tokens of the same request. What is found there travels to the gateway in the
-prompt itself, under `MASK` and `HISTORY`.
+prompt itself, under `MASK`, `HISTORY`, `OFFERED` and `PINS`.
 """
 
 import dataclasses
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -16,95 +16,111 @@ from deltamem_vllm.errors import DeltaMemError
 from deltamem_vllm.policy import Policy
 from deltamem_vllm.server import elision
 from deltamem_vllm.server.elision import Elided
-from deltamem_vllm.server.roles import is_written, plain_messages, unwritten
+from deltamem_vllm.server.named import named
+from deltamem_vllm.server.offering import PINS, Offering, text_of
+from deltamem_vllm.server.roles import is_written, pinned, plain_messages, unwritten
 from deltamem_vllm.server.scope import Scope, current
 from deltamem_vllm.sessions import chain
 from deltamem_vllm.sessions.attributes import Chain
+from deltamem_vllm.store.protocol import SessionKey
 
 MASK = "deltamem_unwritten"
 """Key of a rendered conversation with the spans of its tokens that are not written; raw prompts have none."""
 HISTORY = "deltamem_history"
-"""Key of a rendered conversation whose history may be left out: see `Elided.to_admission`."""
+"""Key of a rendered conversation whose history may be left out: what `deltamem_vllm.sessions.grants.History` holds."""
 
-Recall = Callable[[Scope], Awaitable[dict[str, Any] | None]]
+Recall = Callable[[SessionKey], Awaitable[dict[str, Any]]]
 
 
 class ChatPrompts:
-    """Renders conversations with their write masks, and without the history that the memory holds.
+    """Renders conversations with their write masks, without the history that the memory holds, with pinned facts.
 
     Args:
         policy: roles that are written where a request does not say otherwise.
         history: what is done with a resent history where a request does not say otherwise.
-        recall: asks what the request's session holds; None without a session.
+        recall: asks what a session holds of a conversation; None: no history is left out.
+        offering: puts a session's facts into its prompts; None: nobody does.
     """
 
-    def __init__(self, policy: Policy, history: elision.Policy | None = None, recall: Recall | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        history: elision.Policy | None = None,
+        recall: Recall | None = None,
+        offering: Offering | None = None,
+    ) -> None:
         self.policy, self.history = policy, history or elision.Policy()
-        self._recall = recall
-
-    def note_session(self, preprocess_chat: Any) -> Any:
-        """``online_renderer.preprocess_chat``, which has the request: the session that its body names is noted."""
-
-        async def noting(request: Any, *args: Any, **kwargs: Any) -> Any:
-            scope = current.get()
-            if scope is not None:
-                extra = getattr(request, "vllm_xargs", None) or {}
-                scope.body_id = getattr(request, "session_id", None) or extra.get("session_id")
-            return await preprocess_chat(request, *args, **kwargs)
-
-        return noting
+        self._recall, self._offering = recall, offering
 
     def wrap(self, render_chat: Any) -> Any:
-        """``renderer.render_chat_async`` with masks."""
+        """``renderer.render_chat_async`` with all that."""
 
-        async def with_masks(conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any) -> Any:
+        async def rendered(conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any) -> Any:
             scope = current.get()
             plain = [plain_messages(messages) for messages in conversations]
             if scope is None or scope.mode == "off":
                 return await render_chat(plain, chat_params, tok_params, **kwargs)
+
+            async def render(messages: list[Any], params: Any = chat_params) -> dict[str, Any]:
+                _, (prompt,) = await render_chat([messages], params, tok_params, **kwargs)
+                return dict(prompt)
+
             try:
-                policy = self.policy if scope.writes is None else scope.writes
+                policy = scope.policy(self.policy)
                 written = [[is_written(message, policy) for message in messages] for messages in conversations]
-                version, shown = await self._shown(scope, plain)
-            except DeltaMemError as e:
+                pins = [[text_of(message) for message in pinned(messages)] for messages in conversations]
+                history, shown = await self._shown(scope, plain)
+                made = await render_chat([each.messages for each in shown], chat_params, tok_params, **kwargs)
+                for each, marks, texts, prompt in zip(shown, written, pins, made[1], strict=True):
+                    if prompt.get("prompt_token_ids"):
+                        await self._mark(prompt, each, marks, texts, chat_params, render)
+                        if history is not None:
+                            prompt[HISTORY] = history
+            except DeltaMemError as e:  # vLLM may log what it is told; the response is made from ``failure``
                 scope.failure = e
                 raise VLLMValidationError("the conversation was refused") from None
-            rendered = await render_chat([each.messages for each in shown], chat_params, tok_params, **kwargs)
-            beginning = dataclasses.replace(
-                chat_params,
-                chat_template_kwargs={
-                    **chat_params.chat_template_kwargs,
-                    "add_generation_prompt": False,
-                    "continue_final_message": False,
-                },
-            )
+            return made
 
-            async def render(messages: list[Any]) -> list[int]:
-                _, (prompt,) = await render_chat([messages], beginning, tok_params, **kwargs)
-                return list(prompt["prompt_token_ids"])
+        return rendered
 
-            for whole, roles, each, prompt in zip(plain, written, shown, rendered[1], strict=True):
-                if not (tokens := prompt.get("prompt_token_ids")):
-                    continue
-                tail = roles[len(roles) - each.context.count(False) :]
-                marks = [False] * each.context.count(True) + tail
-                prompt[MASK] = () if all(marks) else await unwritten(each.messages, marks, tokens, render)
-                if version is not None:
-                    prompt[HISTORY] = each.to_admission(whole, version)
-            return rendered
+    async def _mark(
+        self,
+        prompt: dict[str, Any],
+        shown: Elided,
+        written: Sequence[bool],
+        pins: Sequence[str],
+        chat_params: Any,
+        render: Callable[..., Awaitable[dict[str, Any]]],
+    ) -> None:
+        """Say of a rendered prompt what of it is written and pinned, and offer the session's facts in it."""
 
-        return with_masks
+        async def beginning(messages: list[Any]) -> list[int]:
+            template = {**chat_params.chat_template_kwargs, "add_generation_prompt": False}
+            template["continue_final_message"] = False
+            params = dataclasses.replace(chat_params, chat_template_kwargs=template)
+            return list((await render(messages, params))["prompt_token_ids"])
 
-    async def _shown(self, scope: Scope, conversations: list[list[Any]]) -> tuple[int | None, list[Elided]]:
-        """What of each conversation is rendered; and the session's version, where that was asked for."""
-        policy = self.history if scope.history is None else elision.requested(scope.history, self.history)
-        found = None
-        if policy.elide and len(conversations) == 1 and self._recall is not None:
-            found = await self._recall(scope)
-        if found is None:
+        context = sum(shown.context)
+        marks = [*[False] * context, *written[len(written) - (len(shown.messages) - context) :]]
+        tokens = prompt["prompt_token_ids"]
+        prompt[MASK] = () if all(marks) else await unwritten(shown.messages, marks, tokens, beginning)
+        prompt[PINS] = [(text, "message", None) for text in pins]
+        key = named.get()
+        if self._offering is not None and key is not None:
+            await self._offering.offer(key, shown.messages, prompt, render, MASK)
+
+    async def _shown(self, scope: Scope, conversations: list[list[Any]]) -> tuple[dict[str, Any] | None, list[Elided]]:
+        """What the session service has to know of a history, where one may be left out; what is rendered."""
+        policy, key = scope.history or self.history, named.get()
+        if not policy.elide or len(conversations) != 1 or self._recall is None or key is None:
             return None, [elision.elide(messages, None, 0) for messages in conversations]
+        (messages,) = conversations
+        found = await self._recall(key)
         known = msgspec.msgpack.decode(found["chain"], type=Chain) if found["chain"] is not None else None
-        cut = chain.cut(known, conversations[0], found["reply"])
-        made = elision.elide(conversations[0], cut, policy.keep)
+        links = chain.links(messages)
+        cut = chain.cut(known, messages, links, found["reply"])
+        keep = policy.keep if policy.keep is not None else self.history.keep
+        made = elision.elide(messages, cut, elision.KEEP if keep is None else keep)
         scope.elided_messages = made.dropped
-        return found["version"], [made]
+        at = None if cut is None else [cut.state, cut.tokens, cut.messages]
+        return {"version": found["version"], "messages": len(messages), "link": links[-1], "cut": at}, [made]

@@ -8,12 +8,13 @@ everything is rendered as it is.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from deltamem_vllm.errors import SessionError
-from deltamem_vllm.sessions.chain import Cut, links
+from deltamem_vllm.messages import role
+from deltamem_vllm.sessions.chain import Cut
 
 HISTORY_HEADER = "X-DeltaMem-History"
 KEEP = 2
@@ -28,14 +29,15 @@ class Policy:
 
     Attributes:
         elide: leave out what the memory holds.
-        keep: of the messages that it holds, how many of the last are sent along as context.
+        keep: of the messages that it holds, how many of the last are sent along as context; None: as many as the
+            server's policy says.
     """
 
     elide: bool = False
-    keep: int = KEEP
+    keep: int | None = KEEP
 
 
-def requested(text: str, server: Policy) -> Policy:
+def requested(text: str) -> Policy:
     """The policy of `HISTORY_HEADER`: ``full``, ``elide`` or ``elide; keep=4``.
 
     Raises:
@@ -48,16 +50,7 @@ def requested(text: str, server: Policy) -> Policy:
             status=400,
             parameter=HISTORY_HEADER,
         )
-    return Policy(found[1] == "elide", int(found[2]) if found[2] is not None else server.keep)
-
-
-def check_history(text: str) -> None:
-    """Refuse a header that is no policy.
-
-    Raises:
-        SessionError: 400.
-    """
-    requested(text, Policy())
+    return Policy(found[1] == "elide", int(found[2]) if found[2] is not None else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +69,6 @@ class Elided:
     dropped: int
     cut: Cut | None
 
-    def to_admission(self, whole: Sequence[Any], version: int) -> dict[str, Any]:
-        """What the session service has to know: see `deltamem_vllm.sessions.grants.History`."""
-        at = None if self.cut is None else [self.cut.state, self.cut.tokens, self.cut.messages]
-        return {"version": version, "messages": len(whole), "link": links(whole)[-1], "cut": at}
-
 
 def elide(messages: Sequence[Any], cut: Cut | None, keep: int) -> Elided:
     """Leave out what lies before the cut: all but leading system messages and the last ``keep`` messages.
@@ -90,15 +78,11 @@ def elide(messages: Sequence[Any], cut: Cut | None, keep: int) -> Elided:
     if cut is None:
         return Elided(list(messages), [False] * len(messages), 0, None)
     system = 0
-    while system < cut.messages and _role(messages[system]) in ("system", "developer"):
+    while system < cut.messages and role(messages[system]) in ("system", "developer"):
         system += 1
     start = max(cut.messages - keep, system)
-    while start < cut.messages and _role(messages[start]) != "user":
+    while start < cut.messages and role(messages[start]) != "user":
         start += 1
     kept = [*messages[:system], *messages[start:]]
     written = system + cut.messages - start
     return Elided(kept, [index < written for index in range(len(kept))], start - system, cut)
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else getattr(message, "role", None)

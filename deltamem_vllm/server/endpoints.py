@@ -16,8 +16,11 @@ from deltamem_vllm.names import Names
 from deltamem_vllm.policy import parse_policy
 from deltamem_vllm.server import elision
 from deltamem_vllm.server.chat import ChatPrompts
+from deltamem_vllm.server.fact_routes import make_fact_router
 from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import SessionMiddleware
+from deltamem_vllm.server.named import noting_session
+from deltamem_vllm.server.offering import Offering
 from deltamem_vllm.server.routes import make_router
 from deltamem_vllm.server.scope import current
 from deltamem_vllm.server.tenants import FileKeys, OneTenant, ServerKeys, Tenants
@@ -42,6 +45,7 @@ class DeltaMemEndpoints:
         if settings is not None:
             redaction.install(partial(_log_context, Names(settings.secret())))
         app.include_router(make_router())
+        app.include_router(make_fact_router())
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Connect to the engines' session services and put the gateway in front of the engine."""
@@ -58,11 +62,12 @@ class DeltaMemEndpoints:
         names = Names(settings.secret())
         state.deltamem = gateway = Gateway(clients, settings.queue_seconds, names, wake, policy)
         renderer = engine_client.renderer
-        prompts = ChatPrompts(
-            policy, elision.Policy(settings.history == "elide", settings.history_keep), gateway.recall
-        )
+        history = elision.Policy(settings.history == "elide", settings.history_keep)
+        offering = Offering(gateway.facts_for, settings.facts_chars, settings.facts_block, renderer)
+        prompts = ChatPrompts(policy, history, gateway.recall, offering)
         renderer.render_chat_async = prompts.wrap(renderer.render_chat_async)
-        state.online_renderer.preprocess_chat = prompts.note_session(state.online_renderer.preprocess_chat)
+        online = state.online_renderer
+        online.preprocess_chat = noting_session(online.preprocess_chat)
         engine_client.generate = gateway.wrap(engine_client.generate)
         state.deltamem_watch = asyncio.ensure_future(end_requests_with_their_engine(engine_client))
         if isinstance(state.deltamem_tenants, FileKeys):

@@ -21,6 +21,7 @@ from deltamem_vllm.names import Names
 from deltamem_vllm.policy import ALL, Policy
 from deltamem_vllm.redaction import redact
 from deltamem_vllm.server.chat import HISTORY, MASK
+from deltamem_vllm.server.offering import OFFERED, PINS
 from deltamem_vllm.server.roles import mask_of
 from deltamem_vllm.server.scope import Scope, current, effective_id, no_key
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
@@ -67,6 +68,15 @@ class Gateway:
             with contextlib.suppress(Exception):  # a dead engine has no memory to erase
                 await self._wake()
 
+    async def ask(self, key: SessionKey, do: str, **question: Any) -> Any:
+        """Ask the engine that serves a session about it."""
+        timeout = self.queue_seconds + ADMIT_MARGIN
+        return await self.client_of(key).ask(do, timeout=timeout, tenant=key.tenant, session=key.session, **question)
+
+    async def facts_for(self, key: SessionKey, query: str, chars: int) -> list[str]:
+        """The pinned facts that a prompt is offered."""
+        return list((await self.ask(key, "offer", query=query, chars=chars))["texts"])
+
     def rank_of(self, key: SessionKey) -> int:
         """The engine that serves a session: always the same one, so that its memory has one owner."""
         return self.names.spread(key.tenant, key.session, len(self.clients))
@@ -90,7 +100,7 @@ class Gateway:
     def _start(
         self, generate: Any, scope: Scope, prompt: Any, params: Any, request_id: str, kwargs: dict[str, Any]
     ) -> AsyncIterator[Any]:
-        prompt, masked, history = _take_ours(prompt)
+        prompt, marks = _take_marks(prompt)
         params = copy.copy(params)  # several prompts of one HTTP request share one object
         extra = dict(params.extra_args or {})
         extra.pop(EXTRA, None)  # never trust a client's
@@ -122,12 +132,10 @@ class Gateway:
                 )
         if len(self.clients) > 1:
             kwargs["data_parallel_rank"] = self.rank_of(key)
-        policy = self.policy if scope.writes is None else scope.writes
-        params.extra_args = {**extra, EXTRA: {"unwritten": mask_of(masked, len(tokens), policy)}}
-        if history is not None and history["cut"] is not None:
-            context = unwritten_before(params.extra_args[EXTRA]["unwritten"], len(tokens))
-            scope.elided_tokens = max(0, history["cut"][1] - context)
-        return self._run(generate, scope, key, tokens, prompt, params, request_id, kwargs, history)
+        spans = mask_of(marks.get(MASK), len(tokens), scope.policy(self.policy))
+        params.extra_args = {**extra, EXTRA: {"unwritten": spans}}
+        scope.elided_tokens = _elided(marks, spans, len(tokens))
+        return self._run(generate, scope, key, tokens, prompt, marks, params, request_id, kwargs)
 
     async def _run(
         self,
@@ -136,17 +144,18 @@ class Gateway:
         key: SessionKey,
         tokens: np.ndarray,
         prompt: Any,
+        marks: dict[str, Any],
         params: Any,
         request_id: str,
         kwargs: dict[str, Any],
-        history: dict[str, Any] | None,
     ) -> AsyncIterator[Any]:
+        history = marks.get(HISTORY)
         client, ticket = self.client_of(key), secrets.token_hex(16)
         sampled, settled, text = 0, False, ""
         try:
             try:
                 await self.spend(scope)
-                grant = await self._admit(client, ticket, scope, key, tokens, prompt, params, history)
+                grant = await self._admit(client, ticket, scope, key, tokens, prompt, marks, params)
             except DeltaMemError as e:
                 raise _refusal(scope, e) from None
             scope.admitted = True
@@ -189,8 +198,8 @@ class Gateway:
         key: SessionKey,
         tokens: np.ndarray,
         prompt: Any,
+        marks: dict[str, Any],
         params: Any,
-        history: dict[str, Any] | None,
     ) -> dict[str, Any]:
         return dict(
             await client.ask(
@@ -204,17 +213,15 @@ class Gateway:
                 salt=prompt.get("cache_salt"),
                 held=bool(params.stop),
                 unwritten=params.extra_args[EXTRA]["unwritten"],
-                history=history,
+                offered=marks.get(OFFERED, ()),
+                pins=marks.get(PINS, ()) if scope.mode == "readwrite" else (),
+                history=marks.get(HISTORY),
                 if_match=scope.if_match,
             )
         )
 
-    async def recall(self, scope: Scope) -> dict[str, Any] | None:
-        """What the memory of the request's session holds of a conversation; None without a session."""
-        session = effective_id(scope.body_id or scope.header_id, scope.header_id, None)
-        if not session or scope.tenant is None:
-            return None
-        key = SessionKey(scope.tenant.name, session)
+    async def recall(self, key: SessionKey) -> dict[str, Any]:
+        """What a session's memory holds of a conversation: see `deltamem_vllm.sessions.histories.recall`."""
         return dict(await self.client_of(key).ask("recall", tenant=key.tenant, session=key.session))
 
     @staticmethod
@@ -269,9 +276,18 @@ def _token_ids(prompt: Any) -> np.ndarray:
     return np.asarray(ids, dtype=np.int32)
 
 
-def _take_ours(prompt: Any) -> tuple[Any, Spans | None, dict[str, Any] | None]:
-    """A prompt as vLLM made it, and what we know of the conversation that it was rendered from: mask and history."""
-    if not isinstance(prompt, dict) or MASK not in prompt:
-        return prompt, None, None
-    plain = {key: value for key, value in prompt.items() if key not in (MASK, HISTORY)}
-    return plain, prompt[MASK], prompt.get(HISTORY)
+def _take_marks(prompt: Any) -> tuple[Any, dict[str, Any]]:
+    """A prompt as vLLM made it, and what was found out about the conversation that it was rendered from."""
+    if not isinstance(prompt, dict):
+        return prompt, {}
+    marks = {key: prompt[key] for key in (MASK, HISTORY, OFFERED, PINS) if key in prompt}
+    return {key: value for key, value in prompt.items() if key not in marks}, marks
+
+
+def _elided(marks: dict[str, Any], spans: Spans, prompt_tokens: int) -> int:
+    """Tokens of a resent history that are not in the prompt."""
+    history = marks.get(HISTORY)
+    if history is None or history["cut"] is None:
+        return 0
+    context = unwritten_before(spans, prompt_tokens) - unwritten_before(marks.get(OFFERED, ()), prompt_tokens)
+    return max(0, int(history["cut"][1]) - context)

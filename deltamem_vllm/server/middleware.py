@@ -8,7 +8,8 @@ import json
 from typing import Any
 
 from deltamem_vllm.errors import CapacityError, PreconditionFailed, SessionError
-from deltamem_vllm.server.elision import HISTORY_HEADER, check_history
+from deltamem_vllm.server import elision
+from deltamem_vllm.server.elision import HISTORY_HEADER
 from deltamem_vllm.server.roles import WRITE_HEADER, requested
 from deltamem_vllm.server.scope import (
     COMMIT_HEADER,
@@ -101,8 +102,7 @@ class SessionMiddleware:
             if writes:
                 ours.writes = requested(writes[0])
             if histories:
-                check_history(histories[0])
-                ours.history = histories[0]
+                ours.history = elision.requested(histories[0])
         except SessionError as e:
             await _respond(send, e)
             return

@@ -183,3 +183,48 @@ class ErrorBody(BaseModel):
             }
         ]
     )
+
+
+class Fact(BaseModel):
+    """A pinned fact."""
+
+    id: str = Field(description="Names it within the session.", examples=["fact-0a1b2c3d4e5f6071"])
+    object: str = "session.fact"
+    text: str = Field(description="Kept word for word.", examples=["My name is Clara."])
+    source: str = Field(description="Where it came from, in the client's words; `message` for a flagged message.")
+    created_at: float = Field(description="Unix seconds.")
+    expires_at: float | None = Field(description="Unix seconds; null: it stays.")
+
+
+class Facts(BaseModel):
+    """The facts of a session, oldest first."""
+
+    object: str = "list"
+    data: list[Fact]
+    version: int = Field(description="The session's version.")
+
+
+class NewFact(_Body):
+    """A fact to pin. One whose text is pinned already keeps its id, and takes the new source and ttl."""
+
+    text: str = Field(description="1 to 2,000 characters.")
+    source: str = Field(default="", description="Up to 200 characters.")
+    ttl: float | None = Field(default=None, description="Seconds that it stays; null: for good.")
+
+
+class FactPinned(Fact):
+    """A fact that is pinned."""
+
+    version: int = Field(description="The session's version with it.")
+
+
+class FactDeleted(BaseModel):
+    """Receipt of a deletion."""
+
+    id: str
+    object: str = "session.fact.deleted"
+    deleted: bool = True
+    version: int = Field(description="The session's first version without it.")
+    erased_at_version: int = Field(
+        description="With this version no kept older version holds it any more; deleting the session erases at once."
+    )

@@ -30,19 +30,51 @@ def requested(text: str) -> Policy:
         raise SessionError(f"invalid {WRITE_HEADER}: {e}", status=400, parameter=WRITE_HEADER) from None
 
 
+FLAGS = {"write", "pin"}
+
+
+def _flags(message: Any) -> Mapping[str, bool]:
+    """What a message says about itself.
+
+    Raises:
+        SessionError: 400; it says what it cannot.
+    """
+    said = message.get("deltamem") if isinstance(message, Mapping) else None
+    if said is None:
+        return {}
+    if not isinstance(said, Mapping) or not said or not set(said) <= FLAGS or {*map(type, said.values())} != {bool}:
+        raise SessionError(
+            'a message\'s "deltamem" must be of the form {"write": false, "pin": true}, with one of them or both',
+            status=400,
+            parameter="messages",
+        )
+    return said
+
+
+def pinned(messages: Sequence[Any]) -> list[Any]:
+    """The messages that are to be pinned: flagged so, and new, that is behind the last one of the assistant. A client
+    that resends its history resends its flags too, and what was deleted since must not come back.
+
+    Raises:
+        SessionError: 400; a flag is not valid.
+    """
+    flagged: list[Any] = []
+    for message in messages:
+        if _flags(message).get("pin"):
+            flagged.append(message)
+        elif isinstance(message, Mapping) and message.get("role") == "assistant":
+            flagged.clear()
+    return flagged
+
+
 def is_written(message: Any, policy: Policy) -> bool:
     """Whether a message is to be written: its own flag decides, else its role.
 
     Raises:
-        SessionError: 400; the flag is not a boolean.
+        SessionError: 400; a flag is not valid.
     """
-    flag = message.get("deltamem") if isinstance(message, Mapping) else None
-    if flag is not None:
-        write = flag.get("write") if isinstance(flag, Mapping) else None
-        if not isinstance(write, bool) or set(flag) != {"write"}:
-            raise SessionError(
-                'a message\'s "deltamem" must be {"write": true} or {"write": false}', status=400, parameter="messages"
-            )
+    write = _flags(message).get("write")
+    if write is not None:
         return write
     role = str(message.get("role", "user") if isinstance(message, Mapping) else getattr(message, "role", "user"))
     return _SAME.get(role, role) in policy

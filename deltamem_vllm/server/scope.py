@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deltamem_vllm.errors import SessionError
+from deltamem_vllm.policy import Policy
+from deltamem_vllm.server import elision
 from deltamem_vllm.server.tenants import EVERYBODY, Tenant
 
 Mode = Literal["readwrite", "read", "off"]
@@ -27,9 +29,9 @@ class Scope:
         tenant: whose it is; None for a stranger, who came by a path that is served without a key, and has no sessions.
         mode: from the mode header; readwrite unless it says otherwise.
         writes: roles that are written, from the write header; None: the server's policy.
-        history: its history header, if any.
+        history: from the history header; None: the server's policy.
         if_match: versions of which the session must have one, from ``If-Match``; empty: whichever it has.
-        header_id, body_id: the session ids of its header and body, if any.
+        header_id: the session id of its header, if any.
         ids: every session id it is known to name so far.
         elided_messages, elided_tokens: what of a resent history was left out.
         admitted: its first engine request was let through.
@@ -40,11 +42,10 @@ class Scope:
 
     tenant: Tenant | None = EVERYBODY
     mode: Mode = "readwrite"
-    writes: frozenset[str] | None = None
-    history: str | None = None
+    writes: Policy | None = None
+    history: elision.Policy | None = None
     if_match: list[int] | None = None
     header_id: str | None = None
-    body_id: str | None = None
     elided_messages: int = 0
     elided_tokens: int = 0
     ids: set[str] = field(default_factory=set)
@@ -52,6 +53,10 @@ class Scope:
     engine_calls: int = 0
     outcome: dict[str, Any] = field(default_factory=dict)
     failure: BaseException | None = None
+
+    def policy(self, server: Policy) -> Policy:
+        """Roles whose messages are written, where the server's policy is ``server``."""
+        return server if self.writes is None else self.writes
 
 
 current: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("deltamem_scope", default=None)

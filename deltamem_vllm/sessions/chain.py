@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from deltamem_vllm.messages import fields, role
 from deltamem_vllm.sessions.attributes import Chain, Point
 
 ROOT = b"\0" * 8
@@ -39,18 +40,18 @@ def canonical(message: Any) -> bytes:
     Role, text, name, tool calls and the call that a tool answers count. Empty and unknown fields do not, and neither
     does whether text is one string or a list of text parts.
     """
-    fields = message if isinstance(message, Mapping) else vars(message)
+    said = fields(message)
     calls = [
         {"name": call.get("function", {}).get("name"), "arguments": _json(call.get("function", {}).get("arguments"))}
-        for call in fields.get("tool_calls") or ()
+        for call in said.get("tool_calls") or ()
         if isinstance(call, Mapping)
     ]
     known = {
-        "role": fields.get("role"),
-        "text": _text(fields.get("content")),
-        "name": fields.get("name"),
+        "role": said.get("role"),
+        "text": _text(said.get("content")),
+        "name": said.get("name"),
         "calls": calls,
-        "answers": fields.get("tool_call_id"),
+        "answers": said.get("tool_call_id"),
     }
     kept = {name: value for name, value in known.items() if value}
     return json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
@@ -70,17 +71,19 @@ def reply_digests(text: str) -> list[bytes]:
     return sorted(_reply_digest(one) for one in said)
 
 
-def cut(chain: Chain | None, messages: Sequence[Any], reply: Sequence[bytes] | None) -> Cut | None:
+def cut(
+    chain: Chain | None, messages: Sequence[Any], made: Sequence[bytes], reply: Sequence[bytes] | None
+) -> Cut | None:
     """Where a conversation can be cut, or None where the memory does not hold its beginning.
 
     Args:
         chain: the session's.
         messages: the client's, all of them.
+        made: their `links`.
         reply: `reply_digests` of the latest reply; None where its text is not known any more: any one is accepted.
     """
     if chain is None:
         return None
-    made = links(messages)
     if _follows(chain.end, messages, made) and _is_reply(messages[chain.end.messages], reply):
         return Cut(chain.end.messages + 1, "end", chain.end.tokens)
     if chain.base is not None and _follows(chain.base, messages, made):
@@ -108,25 +111,21 @@ def _follows(point: Point, messages: Sequence[Any], made: Sequence[bytes]) -> bo
     return (
         len(messages) > point.messages + 1
         and made[point.messages] == point.link
-        and _role(messages[point.messages]) == "assistant"
+        and role(messages[point.messages]) == "assistant"
     )
 
 
 def _is_reply(message: Any, reply: Sequence[bytes] | None) -> bool:
-    fields = message if isinstance(message, Mapping) else vars(message)
-    if reply is None or fields.get("tool_calls"):
+    said = fields(message)
+    if reply is None or said.get("tool_calls"):
         return True
-    return _reply_digest(_text(fields.get("content"))) in reply
+    return _reply_digest(_text(said.get("content"))) in reply
 
 
 def _reply_digest(text: str) -> bytes:
     return hashlib.blake2b(
         text.strip().encode("utf-8", "surrogatepass"), digest_size=8, person=b"deltamem-reply"
     ).digest()
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else getattr(message, "role", None)
 
 
 def _text(content: Any) -> str:

@@ -10,10 +10,11 @@ import dataclasses
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from deltamem_vllm.audit.chain import Event
 from deltamem_vllm.errors import CapacityError, PreconditionFailed, SessionError, StaleVersion
 from deltamem_vllm.sessions.directory import Session
 from deltamem_vllm.store.protocol import Record, SessionKey
@@ -28,7 +29,13 @@ Match = Collection[int] | None
 
 
 async def change(
-    service: "SessionService", key: SessionKey, request_id: str, make: Make, *, if_match: Match = None
+    service: "SessionService",
+    key: SessionKey,
+    request_id: str,
+    make: Make,
+    *,
+    if_match: Match = None,
+    event: Event | Literal[""] = "",
 ) -> Record:
     """Make a session's next version, durably.
 
@@ -38,6 +45,7 @@ async def change(
         make: gives the next record; called while nobody else can write the session, and never twice. It may raise a
             `SessionError`. Version, incarnation, request id and times of what it returns are filled in here; all
             else counts: start from `blank` or from the record that it is given.
+        event: what the audit log calls the change; empty: a creation or a commit.
 
     Returns:
         the session's latest record, in the store.
@@ -51,6 +59,7 @@ async def change(
     session = service.directory.get(key)
     async with turn(service, session):
         service.commits.check_room(session)
+        service.commits.check_audit()
         deletions = session.deletions
         last = await service.records.latest(session)
         if last is not None and last.request_id == request_id and not session.unsaved:
@@ -73,7 +82,7 @@ async def change(
             updated_at=now,
         )
         try:
-            await service.commits.store(session, record, last.expect if last is not None else None, deletions)
+            await service.commits.store(session, record, last.expect if last is not None else None, deletions, event)
         except StaleVersion as e:
             raise CapacityError(f"{e}; nothing was changed: retry", status=409, retry_after=1.0) from None
         return record

@@ -18,16 +18,18 @@ import logging
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from deltamem_vllm.audit.chain import Event
+from deltamem_vllm.audit.log import AuditLog
 from deltamem_vllm.errors import CapacityError, CorruptRecord, LeaseLost, StaleVersion, StoreError, StoreUnavailable
-from deltamem_vllm.sessions import windows
+from deltamem_vllm.sessions import pinning, windows
 from deltamem_vllm.sessions.directory import Session, Unsaved, size_of
 from deltamem_vllm.sessions.grants import Grant
 from deltamem_vllm.sessions.histories import attributes_after
-from deltamem_vllm.sessions.masks import sign
+from deltamem_vllm.sessions.masks import conversation, unwritten_before
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey
 from deltamem_vllm.store.writer import CommitWriter
 
@@ -38,6 +40,8 @@ MAX_UNSAVED = 64
 """Versions of one session that may wait for the store; then its requests get 503."""
 MAX_LOSSES = 10_000
 """Sessions whose losses are remembered one by one."""
+AUDIT_SECONDS = 5.0
+"""How long what has happened waits for a log that is required, before its client is told all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class Commits:
         state_shape: [layers, H, r, r].
         ahead: how far clients may be told ahead of the store; None: not at all.
         unsaved_bytes: host memory that records the store does not take may fill.
+        audit: where what the store has taken is logged.
 
     Attributes:
         lost: versions that clients were told of and that the store does not have, nor ever will.
@@ -80,7 +85,9 @@ class Commits:
         state_shape: tuple[int, ...],
         ahead: WriteBehind | None = None,
         unsaved_bytes: int = 256 << 20,
+        audit: AuditLog | None = None,
     ) -> None:
+        self._audit = audit
         self._writer = writer
         self.layout, self.adapter, self.model, self.state_shape = layout, adapter, model, state_shape
         self.ahead, self.room = ahead, unsaved_bytes
@@ -115,6 +122,23 @@ class Commits:
             retry_after=5.0,
         )
 
+    def check_audit(self) -> None:
+        """Refuse a change that could not be logged.
+
+        Raises:
+            StoreUnavailable: 503.
+        """
+        if self._audit is not None:
+            self._audit.check()
+
+    async def note(self, event: Event, key: SessionKey, version: int = 0, request_id: str = "") -> None:
+        """Log what has happened; waits for the log where it is required."""
+        if self._audit is None:
+            return
+        logged = self._audit.append(event, key, version, request_id)
+        if self._audit.required:
+            await asyncio.wait({asyncio.wrap_future(logged)}, timeout=AUDIT_SECONDS)
+
     async def commit(
         self, session: Session, grant: Grant, deletions: int, tokens_fed: list[int], state: np.ndarray
     ) -> dict[str, Any]:
@@ -129,6 +153,7 @@ class Commits:
             the outcome: status, version, error.
         """
         try:
+            self.check_audit()
             if self._may_tell_ahead(session, grant, deletions):
                 entry = Unsaved(self._next(grant, session.record, tokens_fed, state), grant.expect)
                 session.unsaved.append(entry)
@@ -167,12 +192,15 @@ class Commits:
         session.set_record(entry.record)
         return {"status": "committed", "version": entry.record.version, "error": ""}
 
-    async def store(self, session: Session, record: Record, expect: Expect | None, deletions: int) -> None:
+    async def store(
+        self, session: Session, record: Record, expect: Expect | None, deletions: int, event: Event | Literal[""] = ""
+    ) -> None:
         """Make a version durable that was made outside of a request; those before it first. Never told ahead.
 
         Args:
             expect: what it was made from.
             deletions: how often the session had been deleted then.
+            event: what the audit log calls it.
 
         Raises:
             StaleVersion: the session was deleted, or another writer was first. StoreUnavailable, QuotaExceeded,
@@ -181,7 +209,7 @@ class Commits:
         async with session.storing:
             if session.deletions != deletions:
                 raise StaleVersion(f"session {session.key.session!r} was deleted meanwhile")
-            entry = Unsaved(record, expect)
+            entry = Unsaved(record, expect, event=event)
             session.unsaved.append(entry)
             try:
                 await self._save(session)
@@ -311,6 +339,9 @@ class Commits:
             await asyncio.wrap_future(self._writer.submit(entry.record, entry.expect))
             session.unsaved.popleft()
             self._done(entry)
+            made = entry.record
+            event = entry.event or ("create" if made.version == 1 else "commit")
+            await self.note(event, made.key, made.version, made.request_id)
         self._settled(session)
 
     def _refused(self, session: Session, why: BaseException) -> None:
@@ -331,6 +362,8 @@ class Commits:
             raise CorruptRecord("the state after this request is not finite; it was not saved")
         now = time.time()
         base = grant.base if grant.base is not None else np.zeros(self.state_shape, np.float32)
+        own = conversation(tokens_fed, grant.spans, grant.offered)
+        prompt_tokens = grant.prompt_tokens - unwritten_before(grant.offered, grant.prompt_tokens)
         before = last.tokens if last else 0
         if last and grant.plan.kind != "new":  # the window is written again from its base
             window = windows.unpack(last.window)
@@ -345,10 +378,10 @@ class Commits:
             layout=self.layout,
             base=base,
             end=state,
-            window=windows.pack(windows.advance(grant.plan, sign(tokens_fed, grant.spans), grant.prompt_tokens)),
+            window=windows.pack(windows.advance(grant.plan, own, prompt_tokens)),
             created_at=last.created_at if last else now,
             updated_at=now,
-            tokens=before + len(tokens_fed),
+            tokens=before + len(own),
             windows=(last.windows if last else 0) + (grant.plan.kind == "new"),
-            attributes=attributes_after(grant, last, len(tokens_fed), state),
+            attributes=pinning.renew(attributes_after(grant, last, len(tokens_fed), state), grant.pins, now),
         )

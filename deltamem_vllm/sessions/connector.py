@@ -19,7 +19,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from deltamem_vllm.adapter.weights import load_adapter
-from deltamem_vllm.config import settings_of
+from deltamem_vllm.audit.log import AuditLog, audit_file, read_key
+from deltamem_vllm.config import Settings, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.folders import hold
 from deltamem_vllm.memory.pages import SUFFIX
@@ -50,6 +51,14 @@ def _guarded(instead: Callable[[], _T]) -> Callable[[Callable[..., _T]], Callabl
         return safe
 
     return decorate
+
+
+def _audit(settings: Settings, rank: int) -> AuditLog | None:
+    """This engine's audit log; all engines name sessions with one key."""
+    if not settings.audit:
+        return None
+    key = read_key(audit_file(settings.audit, 0))
+    return AuditLog(audit_file(settings.audit, rank), key, required=settings.audit_required)
 
 
 class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
@@ -83,6 +92,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             host_bytes=settings.host_bytes,
             write_behind=settings.write_behind,
             ttl=settings.ttl,
+            audit=_audit(settings, vllm_config.parallel_config.data_parallel_index),
         )
         hold(settings.control)
         address = settings.control_address(vllm_config.parallel_config.data_parallel_index)

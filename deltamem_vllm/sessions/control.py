@@ -3,14 +3,15 @@
 A Unix socket in a folder that only the server's user can enter; msgpack maps; a question carries a number that its
 answer repeats. Nothing here is reachable from a network.
 
-    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans), history, if_match}
+    admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans), offered (spans),
+              pins, history, if_match}
                                       → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
     recall   {tenant, session}        → {version, chain, reply}   what a resent history is compared with
     reply    {tenant, session, version, digests} → {}
     spend    {tenant, per_minute}      → {}                        429 when the tenant's bucket is empty
-    QUESTION {[tenant, session,] …}   → see ``management.QUESTIONS``: all that is no generation
+    QUESTION {[tenant, session,] …}   → see `QUESTIONS`: all that is no generation
 
 An error is answered as ``{"error": {type, message, status, retry_after, parameter, version}}`` and raised again by the
 client.
@@ -30,10 +31,9 @@ import zmq
 import zmq.asyncio
 
 from deltamem_vllm.errors import CapacityError, DeltaMemError, PreconditionFailed, SessionError, StoreError
-from deltamem_vllm.sessions import management
+from deltamem_vllm.sessions import management, pinning
 from deltamem_vllm.sessions.chain import Cut
 from deltamem_vllm.sessions.grants import History
-from deltamem_vllm.sessions.management import QUESTIONS
 from deltamem_vllm.sessions.masks import normal
 from deltamem_vllm.store.protocol import SessionKey
 
@@ -44,6 +44,9 @@ logger = logging.getLogger("vllm.deltamem")
 
 LOOK_SECONDS = 0.5
 """How often a question that waits looks whether its engine is still there."""
+
+QUESTIONS = {**management.QUESTIONS, **pinning.QUESTIONS}
+"""Questions beside those that a generation needs, and who answers them; their fields are its arguments."""
 
 _pack, _unpack = msgspec.msgpack.encode, msgspec.msgpack.decode
 
@@ -120,9 +123,19 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
         case "admit":
             tokens = np.frombuffer(q["tokens"], dtype=np.int32)
             key = SessionKey(q["tenant"], q["session"])
-            spans = normal(q.get("unwritten", ()))
-            history, match = _history(q.get("history")), q.get("if_match")
-            return await service.admit(q["ticket"], key, q["mode"], tokens, q["salt"], q["held"], spans, history, match)
+            return await service.admit(
+                q["ticket"],
+                key,
+                q["mode"],
+                tokens,
+                q["salt"],
+                q["held"],
+                normal(q.get("unwritten", ())),
+                offered=normal(q.get("offered", ())),
+                pins=pinning.received(q.get("pins", ())),
+                history=_history(q.get("history")),
+                if_match=q.get("if_match"),
+            )
         case "outcome":
             return await service.outcome(q["ticket"])
         case "recall":
@@ -137,9 +150,17 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
             service.rates.spend(q["tenant"], q["per_minute"])
             return {}
         case other if other in QUESTIONS:
-            return await management.answer(service, other, q)
+            return await QUESTIONS[other](service, **_arguments(q))
         case other:
             raise ValueError(f"unknown question {other!r}")
+
+
+def _arguments(q: dict[str, Any]) -> dict[str, Any]:
+    """A question's fields as arguments; ``tenant`` and ``session`` are a key."""
+    rest = {name: value for name, value in q.items() if name != "do"}
+    if "session" in rest:
+        rest["key"] = SessionKey(rest.pop("tenant"), rest.pop("session"))
+    return rest
 
 
 def _history(sent: Any) -> History | None:

@@ -5,7 +5,9 @@ import contextlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Literal
 
+from deltamem_vllm.audit.chain import Event
 from deltamem_vllm.errors import CapacityError
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey, new_incarnation
 
@@ -23,12 +25,14 @@ class Unsaved:
         expect: what it expects there.
         told: when its client was told of it, on the monotonic clock; None while the client waits for the store.
         gone: whether it has reached the store, or never will.
+        event: what the audit log calls it; empty: what its number says.
     """
 
     record: Record
     expect: Expect | None
     told: float | None = None
     gone: bool = False
+    event: Event | Literal[""] = ""
 
 
 class Session:

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 
+from deltamem_vllm.audit.log import AuditLog
 from deltamem_vllm.errors import StoreError
 from deltamem_vllm.sessions.directory import Directory
 from deltamem_vllm.sessions.records import Records
@@ -27,16 +28,23 @@ class Expiry:
         directory: the sessions that this engine knows; those in use are left alone.
         records: calls the store off the event loop.
         forget: called with the key of a session that the store has deleted.
+        audit: where deletions are logged.
 
     Attributes:
         expired: sessions deleted so far.
     """
 
     def __init__(
-        self, ttl: float, directory: Directory, records: Records, forget: Callable[[SessionKey], None]
+        self,
+        ttl: float,
+        directory: Directory,
+        records: Records,
+        forget: Callable[[SessionKey], None],
+        audit: AuditLog | None = None,
     ) -> None:
         self.ttl, self.expired = ttl, 0
         self._directory, self._records, self._forget = directory, records, forget
+        self._audit = audit
 
     def pause(self) -> float:
         """Seconds to the next sweep: a tenth of the ttl, a minute at most; jittered, so that engines take turns."""
@@ -55,6 +63,8 @@ class Expiry:
 
     async def sweep(self) -> int:
         """Delete every session that has been idle for too long; returns how many there were."""
+        if self._audit is not None:
+            self._audit.check()
         before, passed_over = self.expired, 0
         until = time.time() - self.ttl
         while True:
@@ -89,6 +99,8 @@ class Expiry:
                 if session.key in gone:
                     self._forget(session.key)
                     session.erase()
+                    if self._audit is not None:
+                        self._audit.append("expire", session.key)
         for session in sessions:
             if session.key in gone:
                 self._directory.drop(session)

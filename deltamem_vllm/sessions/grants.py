@@ -8,6 +8,7 @@ import numpy as np
 
 from deltamem_vllm.names import Names
 from deltamem_vllm.sessions.chain import Cut
+from deltamem_vllm.sessions.facts import Pin
 from deltamem_vllm.sessions.masks import Spans
 from deltamem_vllm.sessions.windows import WRITE_ALL, Mode, Plan
 from deltamem_vllm.store.protocol import Expect, SessionKey
@@ -51,7 +52,9 @@ class Grant:
         base_digest: identifies ``base`` by content.
         write_limit: positions at or past it are read only.
         spans: positions before it that are read only.
+        offered: those among them that the server has put into the prompt, and that are no part of the conversation.
         history: for a client that lets its history be left out.
+        pins: facts that are pinned when it commits.
         expect: what the store must hold for the commit; None for a session without a record.
         incarnation: the session's; a deleted and re-created session has another one.
         held_for_verdict: an abort of this request may be a stop string; wait for the API process to say.
@@ -69,7 +72,9 @@ class Grant:
     incarnation: str
     held_for_verdict: bool = False
     spans: Spans = ()
+    offered: Spans = ()
     history: History | None = None
+    pins: tuple[Pin, ...] = ()
 
     @property
     def commits(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from deltamem_vllm.audit.chain import Event
 from deltamem_vllm.errors import CorruptRecord, SessionError
 from deltamem_vllm.policy import parse_policy
 from deltamem_vllm.sessions import windows
@@ -113,7 +114,8 @@ async def create(
         SessionError: 409; it exists.
     """
     attributes = _checked(Attributes(metadata=metadata, ttl=ttl, write=write))
-    return await _install(service, key, name, dataclasses.replace(blank(service, key), attributes=pack(attributes)))
+    first = dataclasses.replace(blank(service, key), attributes=pack(attributes))
+    return await _install(service, key, name, first, "create")
 
 
 async def update(
@@ -126,7 +128,7 @@ async def update(
         after = _checked(msgspec.structs.replace(before, **fields))
         return None if after == before else dataclasses.replace(record, attributes=pack(after))
 
-    return await _change(service, key, name, make, if_match)
+    return await _change(service, key, name, make, if_match, "metadata")
 
 
 async def reset(service: "SessionService", key: SessionKey, name: str, if_match: Match) -> dict[str, Any]:
@@ -136,7 +138,7 @@ async def reset(service: "SessionService", key: SessionKey, name: str, if_match:
         kept = msgspec.structs.replace(unpack(record.attributes), chain=None)
         return dataclasses.replace(blank(service, key), attributes=pack(kept))
 
-    return await _change(service, key, name, make, if_match)
+    return await _change(service, key, name, make, if_match, "reset")
 
 
 async def rollback(
@@ -162,7 +164,7 @@ async def rollback(
         kept = msgspec.structs.replace(unpack(record.attributes), chain=chain)
         return dataclasses.replace(old, attributes=pack(kept))
 
-    return await _change(service, key, name, make, if_match)
+    return await _change(service, key, name, make, if_match, "rollback")
 
 
 async def export(
@@ -173,6 +175,7 @@ async def export(
     Returns:
         version; data: a record of the codec's plain format that names neither tenant nor incarnation nor requests.
     """
+    service.commits.check_audit()
     record = await service.records.latest(service.directory.get(key))
     if record is None:
         return None
@@ -189,6 +192,7 @@ async def export(
         record = dataclasses.replace(kept, attributes=pack(beside))
     named = SessionKey(PORTABLE, key.session)
     portable = dataclasses.replace(record, key=named, incarnation="0" * 32, request_id=PORTABLE)
+    await service.commits.note("export", key, record.version)
     return {"version": record.version, "data": codec.encode(portable)}
 
 
@@ -214,7 +218,8 @@ async def install(
         attributes = msgspec.structs.replace(attributes, forked_from=forked_from)
     else:
         _check_norms(record)
-    return await _install(service, key, name, dataclasses.replace(record, attributes=pack(attributes)))
+    event: Event = "import" if forked_from is None else "fork"
+    return await _install(service, key, name, dataclasses.replace(record, attributes=pack(attributes)), event)
 
 
 def _check_norms(record: Record) -> None:
@@ -257,6 +262,7 @@ async def erase(service: "SessionService", key: SessionKey, if_match: Match = No
 
 async def _erase(service: "SessionService", session: Session) -> dict[str, Any]:
     store, key = service.records.store, session.key
+    service.commits.check_audit()
     async with session.storing, session.loading:
         kept = await service.records.on_loader(store.history, key, 1000)
         existed = await service.records.on_loader(store.delete, key)
@@ -264,14 +270,21 @@ async def _erase(service: "SessionService", session: Session) -> dict[str, Any]:
         existed = service.commits.abandon(session) or existed
         session.erase()
         service.forget_on_device(key)
+        if existed:
+            await service.commits.note("delete", key)
     return {"existed": bool(existed), "versions": len(kept), "unsaved": unsaved, "host": host}
 
 
 async def _change(
-    service: "SessionService", key: SessionKey, name: str, make: Callable[[Record], Record | None], if_match: Match
+    service: "SessionService",
+    key: SessionKey,
+    name: str,
+    make: Callable[[Record], Record | None],
+    if_match: Match,
+    event: Event,
 ) -> dict[str, Any]:
     """Change a session that must exist; what it is afterwards."""
-    record = await change(service, key, name, _of_existing(key, make), if_match=if_match)
+    record = await change(service, key, name, _of_existing(key, make), if_match=if_match, event=event)
     return described(service, service.directory.get(key), record)
 
 
@@ -284,7 +297,9 @@ def _of_existing(key: SessionKey, make: Callable[[Record], Record | None]) -> Ma
     return checked
 
 
-async def _install(service: "SessionService", key: SessionKey, name: str, first: Record) -> dict[str, Any]:
+async def _install(
+    service: "SessionService", key: SessionKey, name: str, first: Record, event: Event
+) -> dict[str, Any]:
     """Create a session whose first version is ``first``."""
 
     def make(record: Record | None) -> Record:
@@ -293,7 +308,7 @@ async def _install(service: "SessionService", key: SessionKey, name: str, first:
         return first
 
     try:
-        record = await change(service, key, name, make)
+        record = await change(service, key, name, make, event=event)
     except _Exists:
         created = await service.records.on_loader(service.records.store.get_version, key, 1)
         latest = await service.records.latest(service.directory.get(key))
@@ -335,11 +350,3 @@ QUESTIONS: dict[str, Callable[..., Awaitable[Any]]] = {
     "record_limit": record_limit,
     "delete": erase,
 }
-
-
-async def answer(service: "SessionService", do: str, question: dict[str, Any]) -> Any:
-    """Answer one of `QUESTIONS`; ``tenant`` and ``session`` in it are a key."""
-    rest = {name: value for name, value in question.items() if name != "do"}
-    if "session" in rest:
-        rest["key"] = SessionKey(rest.pop("tenant"), rest.pop("session"))
-    return await QUESTIONS[do](service, **rest)

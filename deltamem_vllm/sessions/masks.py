@@ -50,6 +50,52 @@ def sign(tokens: Sequence[int] | NDArray[np.int32], spans: Spans) -> NDArray[np.
     return signed
 
 
+def conversation(tokens: Sequence[int] | NDArray[np.int32], spans: Spans, offered: Spans = ()) -> NDArray[np.int32]:
+    """A conversation's own tokens, signed: without what the server has put between them for this one request.
+
+    Windows are planned and advanced with these, so that a conversation that goes on is known as such, whatever it was
+    offered with each turn.
+    """
+    signed = sign(tokens, spans)
+    for start, stop in reversed(offered):
+        signed = np.concatenate((signed[:start], signed[stop:]))
+    return signed
+
+
+def place(offered: Spans, count: int) -> int:
+    """The least position in a prompt that ``count`` of the conversation's own tokens lie before; `OPEN` stays that."""
+    if count == OPEN:  # every token: a position beyond it would not fit 32 bits
+        return OPEN
+    for start, stop in offered:
+        if start < count:
+            count += stop - start
+    return count
+
+
+def with_offer(spans: Spans, offer: tuple[int, int]) -> Spans:
+    """The spans of a conversation, after something that is not written was put into it at ``offer``."""
+    start, stop = offer
+    moved: list[tuple[int, int]] = [(start, stop)]
+    for begin, end in spans:
+        if begin < start:
+            moved.append((begin, min(end, start)))
+        if end > start:
+            moved.append((max(begin, start) + stop - start, end if end == OPEN else end + stop - start))
+    return normal(moved)
+
+
+def insertion(without: Sequence[int], within: Sequence[int]) -> tuple[int, int] | None:
+    """Where one prompt has tokens that another has not: the only span whose removal leaves the other; None: there is
+    no such span. Where several do (what was put in ends as what is before it does), the last."""
+    extra = len(within) - len(without)
+    ours, theirs = np.asarray(without, np.int32), np.asarray(within, np.int32)
+    if extra <= 0:
+        return None
+    differ = np.flatnonzero(ours != theirs[: len(ours)])
+    start = int(differ[0]) if len(differ) else len(ours)
+    return (start, start + extra) if np.array_equal(ours[start:], theirs[start + extra :]) else None
+
+
 def unwritten_before(spans: Spans, count: int) -> int:
     """How many of the first ``count`` tokens are not written."""
     return sum(min(stop, count) - start for start, stop in spans if start < count)

@@ -18,17 +18,19 @@ from typing import Any
 
 import numpy as np
 
+from deltamem_vllm.audit.log import AuditLog
 from deltamem_vllm.errors import SessionError
 from deltamem_vllm.names import Names
-from deltamem_vllm.sessions import management, windows
+from deltamem_vllm.sessions import management, pinning, windows
 from deltamem_vllm.sessions.changes import Match, check_match
 from deltamem_vllm.sessions.commits import Commits, WriteBehind
 from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.expiry import Expiry
+from deltamem_vllm.sessions.facts import Pin
 from deltamem_vllm.sessions.grants import Grant, History, cache_salt, state_digest
 from deltamem_vllm.sessions.histories import check_rendered_from, recall
 from deltamem_vllm.sessions.leases import EngineLeases
-from deltamem_vllm.sessions.masks import Spans, sign
+from deltamem_vllm.sessions.masks import Spans, conversation, place
 from deltamem_vllm.sessions.quotas import Quotas
 from deltamem_vllm.sessions.rates import Rates
 from deltamem_vllm.sessions.records import Records
@@ -57,6 +59,7 @@ class SessionService:
         queue_depth, queue_seconds, host_bytes, ttl: see `deltamem_vllm.config.Settings`.
         secret: the server's, at least 32 bytes.
         write_behind: (seconds, versions) that clients may be told ahead of the store; None: not at all.
+        audit: where changes are logged; closed with the service.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class SessionService:
         host_bytes: int = 256 << 20,
         write_behind: tuple[float, int] | None = None,
         ttl: float = 0.0,
+        audit: AuditLog | None = None,
     ) -> None:
         self.adapter, self.state_shape = adapter, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
@@ -91,10 +95,12 @@ class SessionService:
             state_shape=state_shape,
             ahead=WriteBehind(*write_behind, growth=self.quotas.growth) if write_behind is not None else None,
             unsaved_bytes=host_bytes,
+            audit=audit,
         )
+        self.audit = audit
         self.directory = Directory(host_bytes)
         self.erased: deque[SessionKey] = deque()  # sessions whose states the pool must forget
-        self.expiry = Expiry(ttl, self.directory, self.records, self.forget_on_device) if ttl else None
+        self.expiry = Expiry(ttl, self.directory, self.records, self.forget_on_device, audit) if ttl else None
         self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
@@ -123,6 +129,8 @@ class SessionService:
         self.writer.close(timeout)
         self.records.close()
         self.store.close()
+        if self.audit is not None:
+            self.audit.close()
 
     def _run(self) -> None:
         try:
@@ -181,6 +189,9 @@ class SessionService:
         clients_salt: str | None,
         held: bool,
         spans: Spans = (),
+        *,
+        offered: Spans = (),
+        pins: tuple[Pin, ...] = (),
         history: History | None = None,
         if_match: Match = None,
     ) -> dict[str, Any]:
@@ -190,6 +201,8 @@ class SessionService:
         Args:
             ticket: a fresh random name; whoever asks can withdraw by it, even while waiting.
             spans: tokens, of the prompt or of the reply, that are not written.
+            offered: those among them that are no part of the conversation.
+            pins: facts to pin with the commit.
             history: how the prompt stands to the conversation that it was rendered from.
             if_match: versions of which the session must have one.
 
@@ -205,7 +218,7 @@ class SessionService:
             raise SessionError(f"ticket {ticket!r} is in use: make a fresh one for each request", status=400)
         self._admitting[ticket] = asyncio.current_task()
         try:
-            asked = (session, ticket, mode, tokens, clients_salt, held, spans, history, if_match)
+            asked = (session, ticket, mode, tokens, clients_salt, held, spans, offered, pins, history, if_match)
             if mode == "readwrite":
                 until = self._loop.time() + self.queue_seconds
                 async with (
@@ -226,6 +239,8 @@ class SessionService:
         salt: str | None,
         held: bool,
         spans: Spans,
+        offered: Spans,
+        pins: tuple[Pin, ...],
         history: History | None,
         if_match: Match,
     ) -> dict[str, Any]:
@@ -233,14 +248,17 @@ class SessionService:
         record = await self.records.latest(session)
         check_match(session.key, record, if_match, needed=False)
         if mode == "readwrite":
+            self.commits.check_audit()
             await self.quotas.check(session.key, record)
+        if pins:
+            pinning.check(record, pins)
         window = windows.unpack(record.window) if record is not None else None
-        signed = sign(tokens, spans)
+        own = conversation(tokens, spans, offered)
         if history is not None and history.cut is not None:
             check_rendered_from(history, record)
-            plan = windows.NEW if history.cut.state == "end" else windows.plan_from_base(window, signed)
+            plan = windows.NEW if history.cut.state == "end" else windows.plan_from_base(window, own)
         else:
-            plan = windows.plan(window, signed)
+            plan = windows.plan(window, own)
         base = None
         if record is not None:
             base = record.end if plan.kind == "new" else record.base
@@ -253,11 +271,13 @@ class SessionService:
             prompt_tokens=len(tokens),
             base=base,
             base_digest=state_digest(base),
-            write_limit=windows.write_limit(plan, mode, len(tokens)),
+            write_limit=place(offered, windows.write_limit(plan, mode, len(own))),
             expect=Expect(record.version, record.incarnation) if record is not None else None,
             incarnation=session.incarnation,
             held_for_verdict=held,
             spans=spans,
+            offered=offered,
+            pins=pins,
             history=history,
         )
         version = record.version if record is not None else 0

@@ -137,7 +137,8 @@ def test_roles_and_flags() -> None:
     assert [is_written(message(r, ""), policy) for r in roles] == [True, True, True, True, False, False, False]
     assert is_written(message("tool", "", deltamem={"write": True}), policy)
     assert not is_written(message("user", "", deltamem={"write": False}), policy)
-    for bad in (True, {}, {"write": 1}, {"write": True, "more": 1}, "x"):
+    assert is_written(message("user", "", deltamem={"pin": True}), policy)
+    for bad in (True, {}, {"write": 1}, {"pin": None}, {"write": True, "more": 1}, {"write": True, "pin": 1}, "x"):
         with pytest.raises(SessionError, match='"deltamem" must be') as refused:
             is_written(message("user", "", deltamem=bad), policy)
         assert refused.value.status == 400

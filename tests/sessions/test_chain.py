@@ -8,7 +8,11 @@ import pytest
 from deltamem_vllm.errors import CorruptRecord
 from deltamem_vllm.sessions import attributes, chain
 from deltamem_vllm.sessions.attributes import Attributes, Chain, Fact, Point
-from deltamem_vllm.sessions.chain import Cut, advance, canonical, cut, links, reply_digests
+from deltamem_vllm.sessions.chain import Cut, advance, canonical, links, reply_digests
+
+
+def _cut(known: Chain | None, messages: list[Any], reply: Any) -> Cut | None:
+    return chain.cut(known, messages, links(messages), reply)
 
 
 def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def after(turns: int, chain_: Chain | None = None) -> Chain:
     made = chain_
     for n in range(1, turns + 1):
         messages = history(n)
-        at = cut(made, messages, reply_digests(f"answer {n - 2}"))
+        at = _cut(made, messages, reply_digests(f"answer {n - 2}"))
         assert (at is None) == (n == 1)
         made = advance(made, at, len(messages), links(messages)[-1], 10, bytes(8))
     assert made is not None
@@ -80,15 +84,15 @@ def after(turns: int, chain_: Chain | None = None) -> Chain:
 def test_a_conversation_that_goes_on_is_cut_at_its_end() -> None:
     made = after(5)
     assert made.end == Point(10, links(history(5))[-1], 50)
-    assert cut(made, history(6), reply_digests("answer 4")) == Cut(11, "end", 50)
-    assert cut(made, history(6), None) == Cut(11, "end", 50)
+    assert _cut(made, history(6), reply_digests("answer 4")) == Cut(11, "end", 50)
+    assert _cut(made, history(6), None) == Cut(11, "end", 50)
 
 
 def test_a_retry_or_an_edited_question_is_cut_where_its_window_began() -> None:
     made = after(5)
     edited = [*history(5)[:-1], said("user", "another question")]
     for messages in (history(5), edited):
-        at = cut(made, messages, reply_digests("answer 4"))
+        at = _cut(made, messages, reply_digests("answer 4"))
         assert at == Cut(9, "base", 40)
         again = advance(made, at, len(messages), links(messages)[-1], 10, bytes(8))
         assert (again.base, again.end.tokens) == (made.base, 50), "the turn is replaced, not added"
@@ -97,11 +101,11 @@ def test_a_retry_or_an_edited_question_is_cut_where_its_window_began() -> None:
 def test_an_edited_reply_is_noticed_while_its_text_is_known() -> None:
     made, edited = after(5), history(6)
     edited[-2] = answer(4, "no, something else")
-    assert cut(made, edited, reply_digests("answer 4")) == Cut(9, "base", 40)
-    assert cut(made, edited, reply_digests("<think>x</think>\n\nno, something else")) == Cut(11, "end", 50)
+    assert _cut(made, edited, reply_digests("answer 4")) == Cut(9, "base", 40)
+    assert _cut(made, edited, reply_digests("<think>x</think>\n\nno, something else")) == Cut(11, "end", 50)
     tool = history(6)
     tool[-2] = said("assistant", None, tool_calls=[CALL])
-    assert cut(made, tool, reply_digests("what the model wrote")) == Cut(11, "end", 50)
+    assert _cut(made, tool, reply_digests("what the model wrote")) == Cut(11, "end", 50)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -118,9 +122,9 @@ def test_other_conversations_are_not_cut(seed: int) -> None:
             messages.insert(place, messages[place])
         case "swap":
             messages[place], messages[place + 1] = messages[place + 1], messages[place]
-    assert cut(made, messages, reply_digests("answer 4")) is None
-    assert cut(None, messages, None) is None
-    assert cut(made, history(3), None) is None, "an earlier branch of the conversation"
+    assert _cut(made, messages, reply_digests("answer 4")) is None
+    assert _cut(None, messages, None) is None
+    assert _cut(made, history(3), None) is None, "an earlier branch of the conversation"
 
 
 def test_attributes_are_reversible_and_deterministic() -> None:
