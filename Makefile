@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY = $(VENV)/bin/python
 PYTEST_ARGS ?=
-# Test files side by side; most of a run is vLLM engines starting, each on one core.
+# Test files side by side, in their order: those with servers and engines first, not those with the most tests.
 WORKERS ?= 2
 
 # One thread per process unless the caller says otherwise: the tests and the demo run models of well under 1 M
@@ -40,10 +40,10 @@ services:
 	{ echo 'installing PostgreSQL and Redis (Debian packages)'; deploy/ci/install-services.sh >/dev/null; }
 
 test: venv services
-	@exec $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@exec $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 nightly: venv services
-	@exec env DELTAMEM_NIGHTLY=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --timeout 7200 $(PYTEST_ARGS)
+	@exec env DELTAMEM_NIGHTLY=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout 7200 $(PYTEST_ARGS)
 
 lint: venv
 	@$(PY) -m ruff check .

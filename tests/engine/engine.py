@@ -45,6 +45,8 @@ DEFAULTS: Mapping[str, Any] = {
     "enforce_eager": True,
     "disable_log_stats": False,  # preemptions, accepted drafts and hits are read from the metrics
 }
+ONE_WORKER: Mapping[str, Any] = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
+"""The worker within the engine core's process, as on one GPU; on a CPU vLLM gives it one more, slow to start."""
 ASK_INSIDE: Mapping[str, str] = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
 
@@ -58,6 +60,7 @@ class Setup:
         slots: size of the session pool.
         env: environment variables.
         path: folders put before all others on ``PYTHONPATH``.
+        workers: vLLM decides how many processes the workers get.
         stepped: the engine's core is in the same process and stepped by hand; requests run one after the other.
     """
 
@@ -67,6 +70,7 @@ class Setup:
     slots: int = 64
     env: Mapping[str, str] = field(default_factory=dict)
     path: tuple[str, ...] = ()
+    workers: bool = False
     stepped: bool = False
 
 
@@ -101,7 +105,7 @@ class Engine:
             )
         theirs.close()
         try:
-            self._call(START_SECONDS, "start", self.setup, {**DEFAULTS, **setup.options}, self._store_url)
+            self._call(START_SECONDS, "start", self.setup, self._options, self._store_url)
         except BaseException:
             self.stop()
             raise
@@ -211,6 +215,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.stop()
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        one = {} if self.setup.workers or self.setup.stepped else ONE_WORKER
+        return {**DEFAULTS, **one, **self.setup.options}
 
     @property
     def _store_url(self) -> str:

@@ -29,10 +29,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "compiled": {"enforce_eager": False, "compilation_config": {"mode": 3}},
     "v2_async": {},
+    "own_process": {},
     "tp2": {"tensor_parallel_size": 2},
     "pp2": {"pipeline_parallel_size": 2, "enforce_eager": False},  # eager PP=2 fails on a CPU in vLLM itself
 }
 
+WORKERS = ("own_process", "tp2", "pp2")
+"""Workers in processes of their own, as vLLM has them on a CPU."""
 ENV: dict[str, dict[str, str]] = {
     "compiled": {"VLLM_DISABLE_COMPILE_CACHE": "1", **ASK_INSIDE},
     "tp2": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
@@ -50,4 +53,11 @@ def setup(name: str, case: Case, **options: Any) -> Setup:
                 "folder in DELTAMEM_TEST_TRITON (pip install --no-deps --target DIR triton==3.6.0)"
             )
         path = (str(Path(__file__).parent / "v2_shim"), TRITON)
-    return Setup(case.model, case.adapter, {**OPTIONS[name], **options}, env=ENV.get(name, {}), path=path)
+    return Setup(
+        case.model,
+        case.adapter,
+        {**OPTIONS[name], **options},
+        env=ENV.get(name, {}),
+        path=path,
+        workers=name in WORKERS,
+    )

@@ -24,6 +24,7 @@ from deltamem_vllm.recall.tokenizer import build
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.store.protocol import Record, SessionKey, StateStore
 from deltamem_vllm.store.url import open_store
+from tests.server.conftest import ONE_WORKER
 from tests.server.talk import Logprobs, Talk, chat, chunks, closing, memory_headers, new_session, ok, outcome
 
 MAX_LEN = 1024
@@ -32,6 +33,7 @@ FLAGS = (
     f"--dtype float32 --block-size 32 --max-model-len {MAX_LEN} --enforce-eager --served-model-name m "
     "--max-logprobs 20 --deltamem-queue-depth 8 --deltamem-queue-seconds 60"
 ).split()
+FLAGS += ONE_WORKER
 REPLY = 8
 """Tokens an answer may have, unless a habit says otherwise."""
 ROOT = Path(__file__).parents[2]

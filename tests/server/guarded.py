@@ -15,7 +15,7 @@ import zmq
 
 from deltamem_vllm.demo.server import VllmServer
 from deltamem_vllm.server.tenants import digest_of
-from tests.server.conftest import HERE, MODEL, ROOT
+from tests.server.conftest import HERE, MODEL, ONE_WORKER, ROOT
 from tests.server.talk import Talk, chat, completion, distance, logprobs, ok
 from tests.tolerances import SAME_MEMORY
 
@@ -27,6 +27,7 @@ FLAGS = [
     *("--dtype", "float32", "--block-size", "32", "--max-model-len", "1024", "--enforce-eager"),
     *("--served-model-name", "m", "--max-logprobs", "20", "--enable-prompt-tokens-details"),
     *("--enable-log-requests", "--enable-log-outputs", "--log-error-stack"),
+    *ONE_WORKER,
 ]
 FACT = list(range(64, 96))
 _numbers = itertools.count(1)

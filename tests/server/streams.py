@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from tests.server.slow import PACE
 from tests.server.talk import Talk, closing
 
 
@@ -16,7 +17,7 @@ def prompt(seed: int, size: int = 24) -> list[int]:
 
 @dataclass
 class Stream(threading.Thread):
-    """A streamed completion whose client reads on in a thread of its own.
+    """A streamed completion, slow enough to be met, whose client reads on in a thread of its own.
 
     Attributes:
         begun: the first token is here: the session is being written.
@@ -39,7 +40,7 @@ class Stream(threading.Thread):
 
     def run(self) -> None:
         try:
-            with self.talk.streamed(self.tokens, self.session, n=self.n) as response:
+            with self.talk.streamed(self.tokens, self.session, n=self.n, vllm_xargs=PACE) as response:
                 self.status = response.status_code
                 for line in response.iter_lines():
                     self.text += f"{line}\n"

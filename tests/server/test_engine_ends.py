@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from deltamem_vllm.demo.server import VllmServer, group_members
+from tests.server.slow import PACE
 from tests.server.talk import Talk, completion, distance, memory_headers, new_session, ok, outcome
 from tests.server.test_server_kill import Committer, stored
 from tests.tolerances import SAME_MEMORY
@@ -39,7 +40,7 @@ def stream_all(server: VllmServer, session: str, started: "Future[None]") -> tup
     text = ""
     with Talk(server.base_url) as talk:
         try:
-            with talk.streamed([1, 2, 3], session, n=LONG, logprobs=None) as response:
+            with talk.streamed([1, 2, 3], session, n=LONG, logprobs=None, vllm_xargs=PACE) as response:
                 for part in response.iter_text():
                     text += part
                     if not started.done():
@@ -53,7 +54,7 @@ def ask_all(server: VllmServer, session: str) -> Any:
     """A long completion: its response, or what ended it."""
     with Talk(server.base_url) as talk:
         try:
-            body = completion([1, 2, 3], LONG, logprobs=None)
+            body = completion([1, 2, 3], LONG, logprobs=None, vllm_xargs=PACE)
             return talk.post("/v1/completions", json=body, headers=memory_headers(session, None))
         except httpx.TransportError as e:
             return e
