@@ -14,14 +14,14 @@ from deltamem_vllm.sessions import changes, management
 from deltamem_vllm.sessions.attributes import Attributes, Chain, Fact, Point, pack, unpack
 from deltamem_vllm.sessions.changes import change
 from deltamem_vllm.sessions.directory import Session
-from deltamem_vllm.sessions.management import answer
+from deltamem_vllm.sessions.management import QUESTIONS
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store import codec
 from deltamem_vllm.store.protocol import Record
 from tests.sessions.harness import TENANT, admit, drive, end_of, key, make_service, memory, run, turn
 
 FACT, EVIL, REPLY = [1, 2, 3], [66, 6], [4, 5]
-CHAIN = Chain(Point(2, b"\1" * 8, 3))
+CHAIN = Chain(b"\2" * 8, Point(2, b"\1" * 8, 3))
 
 
 async def ask(service: SessionService, do: str, session: str = "s", **question: Any) -> Any:
@@ -29,7 +29,7 @@ async def ask(service: SessionService, do: str, session: str = "s", **question: 
         question.setdefault("name", secrets.token_hex(8))
         if do not in ("create", "install"):
             question.setdefault("if_match", None)
-    return await answer(service, do, {"do": do, "tenant": TENANT, "session": session, **question})
+    return await QUESTIONS[do](service, key(session), **question)
 
 
 async def fork(service: SessionService, source: str, to: str, version: int | None = None) -> Any:
@@ -157,7 +157,7 @@ def test_an_export_tells_nothing_of_where_it_came_from(monkeypatch: pytest.Monke
         for secret in (record.incarnation, record.request_id, TENANT):
             assert secret.encode() not in data
         assert outcome["version"] == 1
-        assert len(data) <= await answer(service, "record_limit", {"do": "record_limit"})
+        assert len(data) <= await QUESTIONS["record_limit"](service)
         with pytest.raises(SessionError, match="exists") as refused:
             await ask(service, "install", data=data)
         assert refused.value.status == 409

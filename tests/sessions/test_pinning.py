@@ -107,12 +107,12 @@ def test_pins_come_with_the_commit_and_are_refused_before_it() -> None:
         shown = await ask(service, "facts")
         assert [fact["text"] for fact in shown["facts"]] == ["my name is clara"]
         many = [[f"fact {i}", "", None] for i in range(facts.MAX_FACTS - 1)]
-        full = await ask(service, "pin", request="r", pins=many, match=None)
-        assert (await ask(service, "pin", request="r", pins=many, match=None))["version"] == full["version"]
+        full = await ask(service, "pin", name="r", pins=many)
+        assert (await ask(service, "pin", name="r", pins=many))["version"] == full["version"]
         with pytest.raises(SessionError, match="201 facts") as refused:
             await offered_turn(service, [1, 2], None, [3], (Pin("one more"),))
         assert refused.value.status == 429
-        gone = await ask(service, "unpin", request="s", fact=shown["facts"][0]["id"], match=[full["version"]])
+        gone = await ask(service, "unpin", name="s", fact=shown["facts"][0]["id"], if_match=[full["version"]])
         assert gone["version"] == full["version"] + 1
         await turn(service, SESSION, [1, 2, 3, 4], [5])
         assert len((await ask(service, "facts"))["facts"]) == facts.MAX_FACTS - 1
@@ -122,7 +122,7 @@ def test_pins_come_with_the_commit_and_are_refused_before_it() -> None:
 
 
 async def ask(service: SessionService, do: str, **question: Any) -> Any:
-    return await pinning.answer(service, key(SESSION), {"do": do, **question})
+    return await pinning.QUESTIONS[do](service, key(SESSION), **question)
 
 
 def test_nothing_of_a_deleted_session_stays_in_the_service() -> None:
@@ -158,11 +158,11 @@ def test_changes_are_logged_and_refused_where_they_cannot_be(tmp_path: Path) -> 
     async def scenario(service: SessionService) -> None:
         await turn(service, SESSION, [1, 2], [3])
         await turn(service, SESSION, [1, 2, 3, 4], [5])
-        await ask(service, "pin", request="r", pins=[["x", "", None]], match=None)
+        await ask(service, "pin", name="r", pins=[["x", "", None]])
         log._error = OSError(28, "No space left on device")
         for change in (
             turn(service, SESSION, [1, 2, 3, 4], [6]),
-            ask(service, "pin", request="s", pins=[["y", "", None]], match=None),
+            ask(service, "pin", name="s", pins=[["y", "", None]]),
             service.delete(key(SESSION)),
         ):
             with pytest.raises(StoreUnavailable, match="audit log"):
