@@ -1,8 +1,8 @@
 """Bodies of the session API, as OpenAPI shows them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from deltamem_vllm.policy import parse_policy
 
@@ -44,7 +44,18 @@ Write = Annotated[
     ),
     AfterValidator(_policy),
 ]
-Version = Annotated[int, Field(ge=1, le=2**53, description="A version that the server keeps.", examples=[1])]
+
+
+def _whole(number: Any) -> Any:
+    """JSON has one kind of number: 7.0 is the integer 7."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+Version = Annotated[
+    int,
+    Field(ge=1, le=2**53, description="A version that the server keeps.", examples=[1]),
+    BeforeValidator(_whole),
+]
 
 
 class _Body(BaseModel):
