@@ -34,10 +34,14 @@ PORT ?= 8000
 serve: venv
 	@exec $(PY) -m deltamem_vllm.demo serve --port $(PORT)
 
-# Tests start PostgreSQL and Redis of their own; where the programs are missing, Debian's packages are installed (root).
+# Tests start PostgreSQL, Redis and a JavaScript client of their own; where the programs are missing, Debian's packages are
+# installed (root).
+JAVASCRIPT = tests/server/javascript
 services:
-	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v redis-server >/dev/null || \
-	{ echo 'installing PostgreSQL and Redis (Debian packages)'; deploy/ci/install-services.sh >/dev/null; }
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v redis-server npm >/dev/null || \
+	{ echo 'installing PostgreSQL, Redis and Node.js (Debian packages)'; deploy/ci/install-services.sh >/dev/null; }
+	@cmp -s $(JAVASCRIPT)/package-lock.json $(JAVASCRIPT)/node_modules/.from || \
+	{ npm ci --prefix $(JAVASCRIPT) --no-audit --no-fund --silent && cp $(JAVASCRIPT)/package-lock.json $(JAVASCRIPT)/node_modules/.from; }
 
 test: venv services
 	@exec $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

@@ -70,8 +70,14 @@ class Gateway:
 
     async def ask(self, key: SessionKey, do: str, **question: Any) -> Any:
         """Ask the engine that serves a session about it."""
-        timeout = self.queue_seconds + ADMIT_MARGIN
-        return await self.client_of(key).ask(do, timeout=timeout, tenant=key.tenant, session=key.session, **question)
+        return await self.client_of(key).ask(
+            do,
+            timeout=self.queue_seconds + ADMIT_MARGIN,
+            tenant=key.tenant,
+            session=key.session,
+            limits=_limits(current.get()),
+            **question,
+        )
 
     async def facts_for(self, key: SessionKey, query: str, chars: int) -> list[str]:
         """The pinned facts that a prompt is offered."""
@@ -217,6 +223,7 @@ class Gateway:
                 pins=marks.get(PINS, ()) if scope.mode == "readwrite" else (),
                 history=marks.get(HISTORY),
                 if_match=scope.if_match,
+                limits=_limits(scope),
             )
         )
 
@@ -258,6 +265,14 @@ def _refusal(scope: Scope, error: DeltaMemError) -> VLLMValidationError:
     """What vLLM is told of a refusal. It may log it, so it has no id in it; the response is made from ``failure``."""
     scope.failure = error
     return VLLMValidationError(redact(str(error), ids=scope.ids), parameter=getattr(error, "parameter", None))
+
+
+def _limits(scope: Scope | None) -> tuple[int | None, int | None] | None:
+    """What the request's tenant may keep: sessions and bytes; None: no limits of its own."""
+    tenant = scope.tenant if scope is not None else None
+    if tenant is None or tenant.max_sessions is tenant.max_bytes is None:
+        return None
+    return tenant.max_sessions, tenant.max_bytes
 
 
 def _token_ids(prompt: Any) -> np.ndarray:

@@ -24,6 +24,7 @@ from deltamem_vllm.server.scope import (
     parse_match,
 )
 from deltamem_vllm.server.tenants import OneTenant, Tenants, bearer, is_open
+from deltamem_vllm.server.usage import with_elided, with_elided_events
 
 HELD = 4
 """Parts of a stream that wait for the engine to be reached: the Responses API tells of a response before it asks."""
@@ -162,16 +163,26 @@ class _Sender:
             if self._streams and message.get("more_body") and not self._ours.admitted and len(self._held) < HELD:
                 self._held.append(message)
                 return
+            if self._elided and not self._streams and not message.get("more_body"):
+                message = {**message, "body": with_elided(message.get("body", b""), self._ours.elided_tokens)}
+                headers = [(k, v) for k, v in headers if k.lower() != b"content-length"]
+                headers.append((b"content-length", str(len(message["body"])).encode()))
             start, self._start = self._start, None
             await self._send({**start, "headers": headers + self._headers()})
             for each in self._held:
                 await self._send(each)
             self._held = []
+        if self._streams and self._elided:
+            message = {**message, "body": with_elided_events(message.get("body", b""), self._ours.elided_tokens)}
         if self._streams and not message.get("more_body", False) and self._ours.outcome:
             # A stream's headers are gone before its outcome is known: say it in a closing comment.
             comment = "".join(f": {k.decode()}: {v.decode()}\n" for k, v in self._headers()) + "\n"
             message = {**message, "body": message.get("body", b"") + comment.encode()}
         await self._send(message)
+
+    @property
+    def _elided(self) -> bool:
+        return self._ours.admitted and self._ours.elided_messages > 0
 
     async def settle(self) -> bool:
         """Answer with our failure if there is one and nothing has left; whether that is the response."""

@@ -4,7 +4,7 @@ A Unix socket in a folder that only the server's user can enter; msgpack maps; a
 answer repeats. Nothing here is reachable from a network.
 
     admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans), offered (spans),
-              pins, history, if_match}
+              pins, history, if_match, limits}
                                       → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
@@ -13,6 +13,7 @@ answer repeats. Nothing here is reachable from a network.
     spend    {tenant, per_minute}      → {}                        429 when the tenant's bucket is empty
     QUESTION {[tenant, session,] …}   → see `QUESTIONS`: all that is no generation
 
+``limits``, the tenant's own [sessions, bytes] or nil, may be in any question that has a tenant, and holds from then on.
 An error is answered as ``{"error": {type, message, status, retry_after, parameter, version}}`` and raised again by the
 client.
 """
@@ -119,6 +120,8 @@ async def _answer(service: "SessionService", socket: Any, sender: bytes, number:
 
 
 async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
+    if "limits" in q:
+        service.quotas.note(q["tenant"], q.pop("limits"))
     match q["do"]:
         case "admit":
             tokens = np.frombuffer(q["tokens"], dtype=np.int32)

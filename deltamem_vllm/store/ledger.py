@@ -121,8 +121,11 @@ def plan(
     return outcomes, writes
 
 
-def check_quota(change: Change, usage: Usage, quota: Quota, key: SessionKey) -> None:
+def check_quota(change: Change, usage: Usage, quota: Quota, key: SessionKey, whose: str = "the store's") -> None:
     """Refuse what a tenant has no room for. A write that adds nothing is never refused.
+
+    Args:
+        whose: limit it is, for the remedy.
 
     Raises:
         QuotaExceeded: with what is used, what is allowed and the remedy.
@@ -131,12 +134,12 @@ def check_quota(change: Change, usage: Usage, quota: Quota, key: SessionKey) -> 
     if change.created and quota.sessions is not None and after.sessions > quota.sessions:
         raise QuotaExceeded(
             f"session {key.session!r} cannot be created: {usage.sessions} of {quota.sessions} sessions are used."
-            " Delete one, or raise the store's max_sessions"
+            f" Delete one, or raise {whose} max_sessions"
         )
     if change.grown > 0 and quota.bytes is not None and after.bytes > quota.bytes:
         raise QuotaExceeded(
             f"session {key.session!r} needs {change.grown} bytes more: {usage.bytes} of {quota.bytes} are used."
-            " Delete a session, or raise the store's max_bytes"
+            f" Delete a session, or raise {whose} max_bytes"
         )
 
 

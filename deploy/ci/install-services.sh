@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the servers that the store tests start for themselves: PostgreSQL and Redis, as Debian or Ubuntu
+# Installs what tests start for themselves: PostgreSQL, Redis and Node.js (for a client in JavaScript), as Debian or Ubuntu
 # packages. Run it as root. Nothing is left running: the tests use instances of their own in temporary folders.
 set -eu
 
@@ -17,7 +17,9 @@ if [ ! -e "$policy" ]; then
 fi
 apt-get update
 apt-get install -y --no-install-recommends postgresql redis-server
+# A Node.js that is there already, whoever installed it, must not be replaced by Debian's.
+command -v npm >/dev/null || apt-get install -y --no-install-recommends nodejs npm
 for each in /usr/lib/postgresql/*/bin/initdb; do
     test -x "$each" || { echo "install-services.sh: initdb is missing after the installation" >&2; exit 1; }
 done
-command -v redis-server
+command -v redis-server npm

@@ -42,18 +42,20 @@ class Guarded:
     """The server and its tenants.
 
     Attributes:
-        keys: one API key of each tenant: ``a``, ``b``, and ``slow``, which may write 3 times a minute.
+        keys: one API key of each tenant: ``a``, ``b``, ``slow``, which may write 3 times a minute, and ``small``, which
+            may have 2 sessions.
     """
 
     def __init__(self, server: VllmServer, folder: Path) -> None:
         self.server, self.folder = server, folder
-        self.keys = {name: f"dm-{MARK}-{name}" for name in ("a", "b", "slow")}
+        self.keys = {name: f"dm-{MARK}-{name}" for name in ("a", "b", "slow", "small")}
         self.write_keys()
 
     def write_keys(self, **more: Any) -> None:
         """Put a key file in place."""
         tenants: dict[str, Any] = {name: {"keys": [digest_of(key)]} for name, key in self.keys.items()}
         tenants["slow"]["commits_per_minute"] = 3
+        tenants["small"]["max_sessions"] = 2
         self.replace_keys(json.dumps({"tenants": {**tenants, **more}}))
 
     def replace_keys(self, text: str) -> None:
@@ -159,18 +161,32 @@ def send(talk: Talk, how: str, session: str) -> httpx.Response:
             return talk.post("/v1/chat/completions/batch", json=body, headers={**header, **read})
         case _:
             method, path = how.split(" ", 1)
-            return talk.request(method, path.replace("{session_id}", session))
+            body = next((body for end, body in BODIES.items() if path.endswith(end)), None)
+            path = path.replace("{session_id}", session).replace("{fact_id}", "fact-0a1b2c3d4e5f6071")
+            return talk.request(method, path, json=body if method in ("POST", "PATCH") else None)
 
 
 GENERATING = ("completions", "stream", "body", "xargs", "invocations", "chat", "messages", "responses", "batch")
 AROUND = ("/v1/sessions/{session_id}", "/v1/sessions/{session_id}/", "/v1/sessions/{session_id}/export", "/v1/sessions")
 
 
+BODIES: dict[str, dict[str, Any]] = {
+    "/fork": {},
+    "/rollback": {"version": 1},
+    "/facts": {"text": "Bo is a cat."},
+    "/{session_id}": {"metadata": {"probed": "yes"}},
+}
+"""By the ends of their paths, what routes must be sent to be asked in earnest."""
+MAKING = ("POST /v1/sessions", "POST /v1/sessions/import")
+"""Routes that make sessions: what they leave would be met by other probes."""
+
+
 def routes(talk: Talk) -> list[str]:
     """``METHOD path`` of everything that may tell of a session: the routes there are, and some that there are not."""
     documented = ok(talk.get("/openapi.json"))["paths"]
     paths = dict.fromkeys([*AROUND, *(path for path in documented if path.startswith("/v1/sessions"))])
-    return [f"{method} {path}" for path in paths for method in ("GET", "DELETE", "POST", "PUT", "PATCH", "HEAD")]
+    found = [f"{method} {path}" for path in paths for method in ("GET", "DELETE", "POST", "PUT", "PATCH", "HEAD")]
+    return [how for how in found if how not in MAKING]
 
 
 def seen(how: str, response: httpx.Response, session: str) -> Any:

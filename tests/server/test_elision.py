@@ -6,6 +6,7 @@ whatever the client retries, regenerates or edits.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def test_the_prompt_does_not_grow(served: Served, plain: Client) -> None:
         elided.append(ok(response)["usage"]["prompt_tokens"])
         full.append(len(prompt_ids(client.messages(text))))
         tokens = int(response.headers.get("x-deltamem-elided-tokens", 0))
+        assert response.json()["usage"].get("deltamem_elided_tokens", 0) == tokens
         assert (tokens > 0) == (turn >= 2), "from the third turn on there is more than the context to leave out"
         reply = response.json()["choices"][0]["message"]["content"]
         client.history += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
@@ -125,6 +127,32 @@ def test_an_edited_reply_replaces_the_turn(served: Served, plain: Client) -> Non
     after = client.record()
     assert np.array_equal(after.base, before.base), "it went on from a state that holds the old reply"
     assert after.windows == before.windows
+
+
+def test_streams_and_other_endpoints_say_what_was_left_out(served: Served) -> None:
+    client = Client(served)
+    for text in TEXTS[:4]:
+        client.say(text)
+    messages = client.messages("hello")
+    headers = {"X-Session-ID": client.session, "X-DeltaMem-Mode": "read", "X-DeltaMem-History": "elide"}
+    body = chat(messages, REPLY, ignore_eos=False)
+    whole = served.talk.post("/v1/chat/completions", json=body, headers=headers)
+    tokens = ok(whole)["usage"]["deltamem_elided_tokens"]
+    assert tokens > 0
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = served.talk.post("/v1/chat/completions", json={**body, **options}, headers=headers)
+    events = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
+    assert [event["usage"]["deltamem_elided_tokens"] for event in events if event.get("usage")] == [tokens]
+    assert (
+        "".join(c["delta"].get("content") or "" for e in events for c in e["choices"])
+        == ok(whole)["choices"][0]["message"]["content"]
+    )
+    body = {"model": "m", "messages": messages, "max_tokens": REPLY, "temperature": 0}
+    assert ok(served.talk.post("/v1/messages", json=body, headers=headers))["usage"]["deltamem_elided_tokens"] == tokens
+    body = {"model": "m", "input": messages, "max_output_tokens": REPLY, "temperature": 0}
+    assert (
+        ok(served.talk.post("/v1/responses", json=body, headers=headers))["usage"]["deltamem_elided_tokens"] == tokens
+    )
 
 
 def test_another_conversation_is_not_cut(served: Served) -> None:

@@ -77,6 +77,39 @@ def test_probes_of_other_tenants_sessions_see_nothing(g: Guarded) -> None:
     assert not leaks, f"{len(leaks)} of {PROBES} probes differed; the first: {leaks[:3]}"
 
 
+def test_making_a_session_under_another_tenants_id(g: Guarded) -> None:
+    """It is another session, and nothing tells that the id is taken elsewhere."""
+    s, nobodys = new_id(), new_id()
+    with g.talk("a") as a, g.talk("b") as b:
+        assert outcome(a.complete(FACT, s)) == (s, "1", "committed")
+        of_a, exported = a.probe(s), a.get(f"/v1/sessions/{s}/export").content
+        for session in (s, nobodys):
+            assert b.post("/v1/sessions", json={"id": session}).status_code == 201
+            ok(b.delete(f"/v1/sessions/{session}"))
+            made = b.post("/v1/sessions/import", params={"id": session}, content=exported)
+            assert made.status_code == 201, made.text
+            assert distance(b.probe(session), of_a) <= SAME_MEMORY
+            listed = [
+                each["id"] for each in ok(b.get("/v1/sessions", params={"limit": 100, "prefix": session}))["data"]
+            ]
+            assert listed == [session]
+            ok(b.delete(f"/v1/sessions/{session}"))
+        assert a.version(s) == 1
+        assert distance(a.probe(s), of_a) <= SAME_MEMORY
+        assert g.keys["b"] not in exported.decode("latin-1")
+
+
+def test_a_tenants_own_limit_is_told_before_an_answer(g: Guarded) -> None:
+    with g.talk("small") as talk:
+        sessions = [new_id() for _ in range(3)]
+        for session in sessions[:2]:
+            assert outcome(talk.complete(FACT, session))[2] == "committed"
+        refused(talk.complete(FACT, sessions[2]), 429, "2 of 2 sessions are used", "the tenant's max_sessions")
+        refused(talk.post("/v1/sessions", json={"id": sessions[2]}), 429, "2 of 2 sessions are used")
+        ok(talk.delete(f"/v1/sessions/{sessions[0]}"))
+        assert outcome(talk.complete(FACT, sessions[2]))[2] == "committed"
+
+
 def test_no_cached_tokens_are_shared(g: Guarded) -> None:
     shared, missed = share(g, PAIRS, SEED)
     assert not shared, f"{len(shared)} of {PAIRS} pairs shared; the first: {shared[:3]}"

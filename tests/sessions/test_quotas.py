@@ -45,6 +45,28 @@ def test_a_session_too_many_is_refused_before_its_answer() -> None:
     drive(make_service(store), scenario)
 
 
+def test_a_tenants_own_limit_holds_beside_the_stores() -> None:
+    store = Asked(sessions=3)
+
+    async def scenario(service: SessionService) -> None:
+        service.quotas.note("default", [1, None])
+        assert (await turn(service, "a", [1], [0]))["status"] == "committed"
+        with pytest.raises(
+            QuotaExceeded, match=r"1 of 1 sessions are used\. Delete one, or raise the tenant's max_sess"
+        ):
+            await admit(service, "b", [1])
+        service.quotas.note("default", [5, None])
+        for name in ("b", "c"):
+            assert (await turn(service, name, [1], [0]))["status"] == "committed"
+        with pytest.raises(QuotaExceeded, match=r"3 of 3 sessions are used.*the store's"):
+            await admit(service, "d", [1])
+        service.quotas.note("default", None)
+        service.quotas.note("somebody else", [1, 1])
+        assert (await turn(service, "c", [1], [0]))["status"] == "committed"
+
+    drive(make_service(store), scenario)
+
+
 def test_bytes_are_refused_as_long_as_versions_add_to_them() -> None:
     room = MemoryStore()
 
