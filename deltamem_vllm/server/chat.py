@@ -2,7 +2,7 @@
 
 vLLM renders every chat-like endpoint's messages (chat, responses, Anthropic messages, batches) with one method of one
 renderer; wrapping it sees messages and tokens of the same request. What is found there travels to the gateway in the
-prompt itself, under `MASK`, `HISTORY`, `OFFERED` and `PINS`.
+prompt itself, under `MASK`, `WRITES`, `HISTORY`, `OFFERED` and `PINS`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from deltamem_vllm.policy import Policy
 from deltamem_vllm.server import elision
 from deltamem_vllm.server.elision import Elided
 from deltamem_vllm.server.named import named
-from deltamem_vllm.server.offering import PINS, Offering, text_of
+from deltamem_vllm.server.offering import PINS, Offering, query_of, text_of
 from deltamem_vllm.server.roles import is_written, pinned, plain_messages, unwritten
 from deltamem_vllm.server.scope import Scope, current
 from deltamem_vllm.sessions import chain
@@ -29,7 +29,12 @@ MASK = "deltamem_unwritten"
 HISTORY = "deltamem_history"
 """Key of a rendered conversation whose history may be left out: what `deltamem_vllm.sessions.grants.History` holds."""
 
-Recall = Callable[[SessionKey], Awaitable[dict[str, Any]]]
+WRITES = "deltamem_writes"
+"""Key of a rendered conversation with the roles that were to be written of it."""
+
+Recall = Callable[[SessionKey, str, int], Awaitable[dict[str, Any]]]
+_NOTHING: dict[str, Any] = {"write": None, "facts": ()}
+"""What is known without a session."""
 
 
 class ChatPrompts:
@@ -38,7 +43,8 @@ class ChatPrompts:
     Args:
         policy: roles that are written where a request does not say otherwise.
         history: what is done with a resent history where a request does not say otherwise.
-        recall: asks what a session holds of a conversation; None: no history is left out.
+        recall: asks what a session says of a prompt, for a question and so many characters of facts; None: nobody is
+            asked.
         offering: puts a session's facts into its prompts; None: nobody does.
     """
 
@@ -66,14 +72,23 @@ class ChatPrompts:
                 return dict(prompt)
 
             try:
-                policy = scope.policy(self.policy)
-                written = [[is_written(message, policy) for message in messages] for messages in conversations]
                 pins = [[text_of(message) for message in pinned(messages)] for messages in conversations]
-                history, shown = await self._shown(scope, plain)
+                known = [await self._known(messages) for messages in plain]
+                policies = [scope.policy(each["write"], self.policy) for each in known]
+                written = [
+                    [is_written(message, policy) for message in messages]
+                    for messages, policy in zip(conversations, policies, strict=True)
+                ]
+                history, shown = self._shown(scope, plain, known)
                 made = await render_chat([each.messages for each in shown], chat_params, tok_params, **kwargs)
-                for each, marks, texts, prompt in zip(shown, written, pins, made[1], strict=True):
+                for number, prompt in enumerate(made[1]):
                     if prompt.get("prompt_token_ids"):
-                        await self._mark(prompt, each, marks, texts, chat_params, render)
+                        prompt[WRITES], prompt[PINS] = policies[number], [(t, "message", None) for t in pins[number]]
+                        reply = "assistant" in policies[number]
+                        await self._mark(prompt, shown[number], written[number], reply, chat_params, render)
+                        if self._offering is not None:
+                            texts, messages = known[number]["facts"], shown[number].messages
+                            await self._offering.offer(texts, messages, prompt, render, MASK)
                         if history is not None:
                             prompt[HISTORY] = history
             except DeltaMemError as e:  # vLLM may log what it is told; the response is made from ``failure``
@@ -83,16 +98,24 @@ class ChatPrompts:
 
         return rendered
 
+    async def _known(self, messages: list[Any]) -> dict[str, Any]:
+        """What the request's session says of a prompt: see `deltamem_vllm.sessions.histories.recall`."""
+        key = named.get()
+        if key is None or self._recall is None:
+            return _NOTHING
+        chars = self._offering.chars if self._offering is not None else 0
+        return await self._recall(key, query_of(messages), chars)
+
     async def _mark(
         self,
         prompt: dict[str, Any],
         shown: Elided,
         written: Sequence[bool],
-        pins: Sequence[str],
+        reply: bool,
         chat_params: Any,
         render: Callable[..., Awaitable[dict[str, Any]]],
     ) -> None:
-        """Say of a rendered prompt what of it is written and pinned, and offer the session's facts in it."""
+        """Say of a rendered prompt what of it is written."""
 
         async def beginning(messages: list[Any]) -> list[int]:
             template = {**chat_params.chat_template_kwargs, "add_generation_prompt": False}
@@ -103,22 +126,20 @@ class ChatPrompts:
         context = sum(shown.context)
         marks = [*[False] * context, *written[len(written) - (len(shown.messages) - context) :]]
         tokens = prompt["prompt_token_ids"]
-        prompt[MASK] = () if all(marks) else await unwritten(shown.messages, marks, tokens, beginning)
-        prompt[PINS] = [(text, "message", None) for text in pins]
-        key = named.get()
-        if self._offering is not None and key is not None:
-            await self._offering.offer(key, shown.messages, prompt, render, MASK)
+        everything = all(marks) and reply
+        prompt[MASK] = () if everything else await unwritten(shown.messages, marks, tokens, beginning, reply)
 
-    async def _shown(self, scope: Scope, conversations: list[list[Any]]) -> tuple[dict[str, Any] | None, list[Elided]]:
+    def _shown(
+        self, scope: Scope, conversations: list[list[Any]], known: list[dict[str, Any]]
+    ) -> tuple[dict[str, Any] | None, list[Elided]]:
         """What the session service has to know of a history, where one may be left out; what is rendered."""
-        policy, key = scope.history or self.history, named.get()
-        if not policy.elide or len(conversations) != 1 or self._recall is None or key is None:
+        policy = scope.history or self.history
+        if not policy.elide or len(conversations) != 1 or known[0] is _NOTHING:
             return None, [elision.elide(messages, None, 0) for messages in conversations]
-        (messages,) = conversations
-        found = await self._recall(key)
-        known = msgspec.msgpack.decode(found["chain"], type=Chain) if found["chain"] is not None else None
+        (messages,), (found,) = conversations, known
+        held = msgspec.msgpack.decode(found["chain"], type=Chain) if found["chain"] is not None else None
         links = chain.links(messages)
-        cut = chain.cut(known, messages, links, found["reply"])
+        cut = chain.cut(held, messages, links, found["reply"])
         keep = policy.keep if policy.keep is not None else self.history.keep
         made = elision.elide(messages, cut, elision.KEEP if keep is None else keep)
         scope.elided_messages = made.dropped

@@ -63,7 +63,7 @@ class DeltaMemEndpoints:
         state.deltamem = gateway = Gateway(clients, settings.queue_seconds, names, wake, policy)
         renderer = engine_client.renderer
         history = elision.Policy(settings.history == "elide", settings.history_keep)
-        offering = Offering(gateway.facts_for, settings.facts_chars, settings.facts_block, renderer)
+        offering = Offering(settings.facts_chars, settings.facts_block, renderer)
         prompts = ChatPrompts(policy, history, gateway.recall, offering)
         renderer.render_chat_async = prompts.wrap(renderer.render_chat_async)
         online = state.online_renderer

@@ -20,7 +20,7 @@ from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError
 from deltamem_vllm.names import Names
 from deltamem_vllm.policy import ALL, Policy
 from deltamem_vllm.redaction import redact
-from deltamem_vllm.server.chat import HISTORY, MASK
+from deltamem_vllm.server.chat import HISTORY, MASK, WRITES
 from deltamem_vllm.server.offering import OFFERED, PINS
 from deltamem_vllm.server.roles import mask_of
 from deltamem_vllm.server.scope import Scope, current, effective_id, no_key
@@ -79,9 +79,9 @@ class Gateway:
             **question,
         )
 
-    async def facts_for(self, key: SessionKey, query: str, chars: int) -> list[str]:
-        """The pinned facts that a prompt is offered."""
-        return list((await self.ask(key, "offer", query=query, chars=chars))["texts"])
+    async def recall(self, key: SessionKey, query: str = "", chars: int = 0) -> dict[str, Any]:
+        """What a session says of a prompt of it: see `deltamem_vllm.sessions.histories.recall`."""
+        return dict(await self.ask(key, "recall", query=query, chars=chars))
 
     def rank_of(self, key: SessionKey) -> int:
         """The engine that serves a session: always the same one, so that its memory has one owner."""
@@ -138,9 +138,7 @@ class Gateway:
                 )
         if len(self.clients) > 1:
             kwargs["data_parallel_rank"] = self.rank_of(key)
-        spans = mask_of(marks.get(MASK), len(tokens), scope.policy(self.policy))
-        params.extra_args = {**extra, EXTRA: {"unwritten": spans}}
-        scope.elided_tokens = _elided(marks, spans, len(tokens))
+        params.extra_args = {**extra, EXTRA: {}}
         return self._run(generate, scope, key, tokens, prompt, marks, params, request_id, kwargs)
 
     async def _run(
@@ -161,6 +159,9 @@ class Gateway:
         try:
             try:
                 await self.spend(scope)
+                spans = mask_of(marks.get(MASK), len(tokens), await self._policy(scope, key, marks))
+                params.extra_args[EXTRA]["unwritten"] = spans
+                scope.elided_tokens = _elided(marks, spans, len(tokens))
                 grant = await self._admit(client, ticket, scope, key, tokens, prompt, marks, params)
             except DeltaMemError as e:
                 raise _refusal(scope, e) from None
@@ -189,6 +190,14 @@ class Gateway:
             if not settled:  # refused, left by its client, or failed: nothing of this is remembered
                 with contextlib.suppress(Exception):
                     await asyncio.shield(client.ask("verdict", ticket=ticket, tokens=None, timeout=5.0))
+
+    async def _policy(self, scope: Scope, key: SessionKey, marks: dict[str, Any]) -> Policy:
+        """Roles that are written; of a raw prompt's session they are asked for here."""
+        if WRITES in marks:
+            return frozenset(marks[WRITES])
+        if scope.writes is not None:
+            return scope.writes
+        return scope.policy((await self.recall(key))["write"], self.policy)
 
     async def spend(self, scope: Scope) -> None:
         """Take a write out of the tenant's quota. The first engine counts for all, so that there is one count."""
@@ -226,10 +235,6 @@ class Gateway:
                 limits=_limits(scope),
             )
         )
-
-    async def recall(self, key: SessionKey) -> dict[str, Any]:
-        """What a session's memory holds of a conversation: see `deltamem_vllm.sessions.histories.recall`."""
-        return dict(await self.client_of(key).ask("recall", tenant=key.tenant, session=key.session))
 
     @staticmethod
     async def _note_reply(client: ControlClient, key: SessionKey, version: int, text: str) -> None:
@@ -295,7 +300,7 @@ def _take_marks(prompt: Any) -> tuple[Any, dict[str, Any]]:
     """A prompt as vLLM made it, and what was found out about the conversation that it was rendered from."""
     if not isinstance(prompt, dict):
         return prompt, {}
-    marks = {key: prompt[key] for key in (MASK, HISTORY, OFFERED, PINS) if key in prompt}
+    marks = {key: prompt[key] for key in (MASK, WRITES, HISTORY, OFFERED, PINS) if key in prompt}
     return {key: value for key, value in prompt.items() if key not in marks}, marks
 
 

@@ -21,8 +21,8 @@ TTL = Annotated[
         gt=0,
         le=1e9,
         allow_inf_nan=False,
-        description="Seconds of idleness after which the session may be deleted. Kept and shown; the server deletes "
-        "by its own --deltamem-ttl.",
+        description="Seconds after its last change after which the session is gone; the server's --deltamem-ttl, if "
+        "any, holds beside it.",
         examples=[86400],
     ),
 ]
@@ -39,7 +39,7 @@ Write = Annotated[
     str | None,
     Field(
         pattern=rf"^(all|none|{_ROLE}(,{_ROLE}){{0,7}})$",
-        description="Roles that are to be written, as in X-DeltaMem-Write. Kept and shown; a request's header decides.",
+        description="Roles that are written, as in X-DeltaMem-Write, where a request has no such header.",
         examples=["system,user"],
     ),
     AfterValidator(_policy),

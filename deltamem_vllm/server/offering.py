@@ -13,7 +13,6 @@ from deltamem_vllm.errors import SessionError
 from deltamem_vllm.messages import role
 from deltamem_vllm.sessions.facts import BLOCK, block
 from deltamem_vllm.sessions.masks import insertion, with_offer
-from deltamem_vllm.store.protocol import SessionKey
 
 OFFERED = "deltamem_offered"
 """Key of a rendered conversation with the spans of its tokens that the server has put in."""
@@ -21,7 +20,6 @@ PINS = "deltamem_pins"
 """Key of a rendered conversation with the texts that are to be pinned."""
 
 Again = Callable[[list[Any]], Awaitable[dict[str, Any]]]
-FactsFor = Callable[[SessionKey, str, int], Awaitable[list[str]]]
 
 
 def text_of(message: Any) -> str:
@@ -37,33 +35,30 @@ class Offering:
     """Offers facts.
 
     Args:
-        facts_for: a session's facts for a question, up to so many characters.
         chars: how much of the facts' texts a prompt may take.
         form: the block's text; empty: the built-in one.
         renderer: vLLM's, for its tokenizer's special tokens.
     """
 
-    def __init__(self, facts_for: FactsFor, chars: int, form: str, renderer: Any) -> None:
-        self._facts_for, self._chars, self._form = facts_for, chars, form or BLOCK
+    def __init__(self, chars: int, form: str, renderer: Any) -> None:
+        self.chars, self._form = chars, form or BLOCK
         self._renderer = renderer
         self._special: list[str] | None = None
 
     async def offer(
-        self, key: SessionKey, messages: list[Any], prompt: dict[str, Any], again: Again, mask: str
+        self, texts: Sequence[str], messages: list[Any], prompt: dict[str, Any], again: Again, mask: str
     ) -> None:
-        """Put a session's facts into a prompt of it.
+        """Put facts into a prompt.
 
         Args:
+            texts: the facts'.
             messages: the conversation, without flags.
             prompt: as rendered, with its spans under ``mask``; changed in place.
             again: renders other messages in the same way.
 
         Raises:
-            DeltaMemError: the session cannot be read, or the chat template has no place for facts (422).
+            SessionError: 422; the chat template has no place for them.
         """
-        if not self._chars:
-            return
-        texts = await self._facts_for(key, _query(messages), self._chars)
         if texts:
             await self._insert(block(texts, self._form, self._tokens()), messages, prompt, again, mask)
 
@@ -76,9 +71,9 @@ class Offering:
                 continue
             span = insertion(own, made.get("prompt_token_ids") or ())
             if span is not None:
-                kept = {key: prompt[key] for key in (mask, PINS) if key in prompt}
+                ours = {key: value for key, value in prompt.items() if key not in made}
                 prompt.clear()
-                prompt.update({**made, **kept, mask: with_offer(kept[mask], span), OFFERED: (span,)})
+                prompt.update({**made, **ours, mask: with_offer(ours[mask], span), OFFERED: (span,)})
                 return
         raise SessionError(
             "the session has pinned facts, and this model's chat template has no place for them in this conversation "
@@ -112,5 +107,6 @@ def in_system(messages: Sequence[Any], text: str) -> list[Any]:
     return [{**messages[0], "content": joined}, *messages[1:]]
 
 
-def _query(messages: Sequence[Any]) -> str:
+def query_of(messages: Sequence[Any]) -> str:
+    """What facts are wanted for: the last message of the user."""
     return next((text_of(message) for message in reversed(messages) if role(message) == "user"), "")

@@ -95,7 +95,9 @@ def _lasting(value: Any) -> Any:
     return list(value) if isinstance(value, Iterator) else value
 
 
-async def unwritten(messages: list[Any], written: Sequence[bool], prompt: Sequence[int], render: Render) -> Spans:
+async def unwritten(
+    messages: list[Any], written: Sequence[bool], prompt: Sequence[int], render: Render, reply: bool = True
+) -> Spans:
     """Where the tokens of the messages that are not written lie in a rendered prompt.
 
     The places are found by rendering what comes before each of them. A chat template need not render a shorter
@@ -107,6 +109,7 @@ async def unwritten(messages: list[Any], written: Sequence[bool], prompt: Sequen
         written: for each message, whether it is written.
         prompt: token ids of the whole conversation, rendered.
         render: renders the beginning of the conversation, without a generation prompt.
+        reply: whether the reply is written, and with it what the template puts before it.
     """
     spans: list[tuple[int, int]] = []
     index, count = 0, len(messages)
@@ -122,10 +125,12 @@ async def unwritten(messages: list[Any], written: Sequence[bool], prompt: Sequen
         while stop_at is None and stop < count:
             stop_at = _whole(await _try(render, messages[:stop]), prompt)
             stop += stop_at is None
-        if stop_at is None:  # the last message: what follows it is the template's own
+        if stop_at is None and reply:  # the last message: what follows it is the template's own
             stop_at = _whole(await _try(render, messages), prompt)
         spans.append((start_at, len(prompt) if stop_at is None else stop_at))
         index = stop
+    if not reply and written[-1]:
+        spans.append((_shared(await _try(render, messages), prompt), len(prompt)))
     return normal(spans)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deltamem_vllm.errors import SessionError
-from deltamem_vllm.policy import Policy
+from deltamem_vllm.policy import Policy, parse_policy
 from deltamem_vllm.server import elision
 from deltamem_vllm.server.tenants import EVERYBODY, Tenant
 
@@ -54,9 +54,11 @@ class Scope:
     outcome: dict[str, Any] = field(default_factory=dict)
     failure: BaseException | None = None
 
-    def policy(self, server: Policy) -> Policy:
-        """Roles whose messages are written, where the server's policy is ``server``."""
-        return server if self.writes is None else self.writes
+    def policy(self, session: str | None, server: Policy) -> Policy:
+        """Roles whose messages are written: as the request says, else as the session does, else the server."""
+        if self.writes is not None:
+            return self.writes
+        return server if session is None else parse_policy(session)
 
 
 current: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("deltamem_scope", default=None)

@@ -66,7 +66,7 @@ class Attributes(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
 
     Attributes:
         metadata: the client's own, up to 16 pairs.
-        ttl: seconds of idleness after which the session may be deleted; None: the server's setting.
+        ttl: seconds of idleness after which the session is gone; None: the server's setting alone.
         write: the session's write policy (`deltamem_vllm.policy`); None: the server's.
         facts: pinned facts, oldest first.
         chain: for history elision; None: unknown.
@@ -81,6 +81,10 @@ class Attributes(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
     facts: tuple[Fact, ...] = ()
     chain: Chain | None = None
     forked_from: str | None = None
+
+    def outlived(self, updated_at: float, now: float) -> bool:
+        """Whether a session that was last written at ``updated_at`` has outlived its own ttl."""
+        return self.ttl is not None and updated_at + self.ttl <= now
 
 
 EMPTY = Attributes()

@@ -60,8 +60,8 @@ async def change(
     async with turn(service, session):
         service.commits.check_room(session)
         service.commits.check_audit()
+        last = await service.records.latest(session, session.owner)
         deletions = session.deletions
-        last = await service.records.latest(session)
         if last is not None and last.request_id == request_id and not session.unsaved:
             return last
         check_match(key, last, if_match)

@@ -8,7 +8,6 @@ answer repeats. Nothing here is reachable from a network.
                                       → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
-    recall   {tenant, session}        → {version, chain, reply}   what a resent history is compared with
     reply    {tenant, session, version, digests} → {}
     spend    {tenant, per_minute}      → {}                        429 when the tenant's bucket is empty
     QUESTION {[tenant, session,] …}   → see `QUESTIONS`: all that is no generation
@@ -35,6 +34,7 @@ from deltamem_vllm.errors import CapacityError, DeltaMemError, PreconditionFaile
 from deltamem_vllm.sessions import management, pinning
 from deltamem_vllm.sessions.chain import Cut
 from deltamem_vllm.sessions.grants import History
+from deltamem_vllm.sessions.histories import recall
 from deltamem_vllm.sessions.masks import normal
 from deltamem_vllm.store.protocol import SessionKey
 
@@ -46,7 +46,7 @@ logger = logging.getLogger("vllm.deltamem")
 LOOK_SECONDS = 0.5
 """How often a question that waits looks whether its engine is still there."""
 
-QUESTIONS = {**management.QUESTIONS, **pinning.QUESTIONS}
+QUESTIONS = {"recall": recall, **management.QUESTIONS, **pinning.QUESTIONS}
 """Questions beside those that a generation needs, and who answers them; their fields are its arguments."""
 
 _pack, _unpack = msgspec.msgpack.encode, msgspec.msgpack.decode
@@ -141,8 +141,6 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
             )
         case "outcome":
             return await service.outcome(q["ticket"])
-        case "recall":
-            return await service.recall(SessionKey(q["tenant"], q["session"]))
         case "reply":
             service.note_reply(SessionKey(q["tenant"], q["session"]), q["version"], q["digests"])
             return {}

@@ -182,6 +182,10 @@ class Directory:
         """The session if it is known here; counts as no use."""
         return self._sessions.get(key)
 
+    def idle(self) -> list[Session]:
+        """The sessions that are known here and idle."""
+        return [session for session in self._sessions.values() if session.idle]
+
     def drop(self, session: Session) -> None:
         """Forget a session that is idle; one in use stays."""
         if session.idle and self._sessions.get(session.key) is session:

@@ -1,4 +1,8 @@
-"""Sessions that nobody has written for longer than ``--deltamem-ttl`` are deleted, in the background and by batches."""
+"""Sessions that nobody has written for longer than ``--deltamem-ttl`` are deleted, in the background and by batches.
+
+So are those that have outlived a ttl of their own, as far as their records are in host memory. Others are deleted when
+they are asked for (`Records.latest`): nobody gets one.
+"""
 
 import asyncio
 import contextlib
@@ -7,15 +11,15 @@ import random
 import time
 from collections.abc import Callable
 
-from deltamem_vllm.audit.log import AuditLog
 from deltamem_vllm.errors import StoreError
 from deltamem_vllm.sessions.directory import Directory
-from deltamem_vllm.sessions.records import Records
+from deltamem_vllm.sessions.records import Records, has_outlived
 from deltamem_vllm.store.protocol import SessionKey
 
 logger = logging.getLogger("vllm.deltamem")
 
 BATCH = 100
+PAUSE = 60.0
 MAX_PASSED_OVER = 10_000
 """Idle sessions in use here that one sweep looks behind."""
 
@@ -24,11 +28,12 @@ class Expiry:
     """The sweep of one engine.
 
     Args:
-        ttl: seconds since its last commit after which a session is deleted.
+        ttl: seconds since its last commit after which a session is deleted; 0: never.
         directory: the sessions that this engine knows; those in use are left alone.
         records: calls the store off the event loop.
-        forget: called with the key of a session that the store has deleted.
-        audit: where deletions are logged.
+        forget: called with the key of a session of which is not known whether the store has it still.
+        expired: called with the key of one that the store has deleted.
+        allowed: raises where changes are refused at present.
 
     Attributes:
         expired: sessions deleted so far.
@@ -40,15 +45,16 @@ class Expiry:
         directory: Directory,
         records: Records,
         forget: Callable[[SessionKey], None],
-        audit: AuditLog | None = None,
+        expired: Callable[[SessionKey], None],
+        allowed: Callable[[], None],
     ) -> None:
         self.ttl, self.expired = ttl, 0
-        self._directory, self._records, self._forget = directory, records, forget
-        self._audit = audit
+        self._directory, self._records = directory, records
+        self._forget, self._expired, self._allowed = forget, expired, allowed
 
     def pause(self) -> float:
         """Seconds to the next sweep: a tenth of the ttl, a minute at most; jittered, so that engines take turns."""
-        return min(self.ttl / 10, 60.0) * random.uniform(0.5, 1.5)
+        return min(self.ttl / 10 or PAUSE, PAUSE) * random.uniform(0.5, 1.5)
 
     async def run(self) -> None:
         """Sweep again and again, until cancelled."""
@@ -63,9 +69,13 @@ class Expiry:
 
     async def sweep(self) -> int:
         """Delete every session that has been idle for too long; returns how many there were."""
-        if self._audit is not None:
-            self._audit.check()
+        self._allowed()
         before, passed_over = self.expired, 0
+        for session in self._directory.idle():
+            if session.record is not None and has_outlived(session.record):
+                await self._delete([session.key], session.record.updated_at)
+        if not self.ttl:
+            return self.expired - before
         until = time.time() - self.ttl
         while True:
             limit = BATCH + passed_over
@@ -97,10 +107,8 @@ class Expiry:
                 raise
             for session in sessions:
                 if session.key in gone:
-                    self._forget(session.key)
+                    self._expired(session.key)
                     session.erase()
-                    if self._audit is not None:
-                        self._audit.append("expire", session.key)
         for session in sessions:
             if session.key in gone:
                 self._directory.drop(session)

@@ -1,17 +1,19 @@
 """Histories that clients let be left out: what a session's record says of them, and keeps."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from deltamem_vllm.errors import CapacityError
-from deltamem_vllm.sessions import attributes, chain
+from deltamem_vllm.sessions import attributes, chain, pinning
 from deltamem_vllm.sessions.attributes import Chain
-from deltamem_vllm.sessions.directory import Session
 from deltamem_vllm.sessions.grants import Grant, History, state_digest
 from deltamem_vllm.sessions.masks import unwritten_before
-from deltamem_vllm.store.protocol import Record
+from deltamem_vllm.store.protocol import Record, SessionKey
+
+if TYPE_CHECKING:
+    from deltamem_vllm.sessions.service import SessionService
 
 
 def digest(state: np.ndarray) -> bytes:
@@ -27,12 +29,25 @@ def chain_of(record: Record | None) -> Chain | None:
     return found if found is not None and found.state == digest(record.end) else None
 
 
-def recall(session: Session, record: Record | None) -> dict[str, Any]:
-    """What a conversation's beginning is to be compared with."""
+async def recall(service: "SessionService", key: SessionKey, query: str = "", chars: int = 0) -> dict[str, Any]:
+    """What has to be known of a session before a prompt of it is made.
+
+    Args:
+        query: what its facts are wanted for, see `deltamem_vllm.sessions.facts.choose`.
+        chars: how much of them.
+
+    Returns:
+        version; chain and reply, which a resent conversation's beginning is compared with; write: the session's own
+        write policy, if any; facts: texts.
+    """
+    session = service.directory.get(key)
+    record = await service.records.latest(session)
     found = chain_of(record)
     version = record.version if record is not None else 0
     return {
         "version": version,
+        "write": attributes.unpack(record.attributes).write if record is not None else None,
+        "facts": pinning.offered(record, query, chars),
         "chain": msgspec.msgpack.encode(found) if found is not None else None,
         "reply": session.reply[1] if session.reply is not None and session.reply[0] == version else None,
     }

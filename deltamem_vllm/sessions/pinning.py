@@ -57,10 +57,9 @@ def _facts(record: Record | None, now: float) -> Facts:
     return facts.alive(attributes.unpack(record.attributes).facts, now)
 
 
-async def offer(service: "SessionService", key: SessionKey, query: str, chars: int) -> dict[str, Any]:
+def offered(record: Record | None, query: str, chars: int) -> list[str]:
     """The texts of the facts that a prompt is offered."""
-    record = await service.records.latest(service.directory.get(key))
-    return {"texts": [fact.text for fact in facts.choose(_facts(record, time.time()), query, chars)]}
+    return [fact.text for fact in facts.choose(_facts(record, time.time()), query, chars)] if chars else []
 
 
 async def listing(service: "SessionService", key: SessionKey) -> dict[str, Any]:
@@ -118,7 +117,7 @@ async def unpin(
     return {"version": made.version, "until": made.version + service.store.keep - 1}
 
 
-QUESTIONS: dict[str, Callable[..., Awaitable[Any]]] = {"offer": offer, "facts": listing, "pin": pin, "unpin": unpin}
+QUESTIONS: dict[str, Callable[..., Awaitable[Any]]] = {"facts": listing, "pin": pin, "unpin": unpin}
 
 
 def _with(record: Record, made: Facts) -> Record | None:

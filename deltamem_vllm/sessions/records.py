@@ -2,16 +2,19 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from deltamem_vllm.errors import SessionError, StoreUnavailable
+from deltamem_vllm.sessions import attributes
 from deltamem_vllm.sessions.directory import Session
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore
 
 logger = logging.getLogger("vllm.deltamem")
 _T = TypeVar("_T")
+_TTL = b"ttl"
 
 
 class Records:
@@ -20,13 +23,21 @@ class Records:
     Args:
         store: where records persist.
         deleted: told of sessions that another server on the store has deleted.
+        expired: told of sessions that were deleted here because they had outlived their own ttl.
         layout, adapter, model: what a record must have been made with.
     """
 
     def __init__(
-        self, store: StateStore, deleted: Callable[[SessionKey], None], *, layout: str, adapter: str, model: str
+        self,
+        store: StateStore,
+        deleted: Callable[[SessionKey], None],
+        expired: Callable[[SessionKey], None],
+        *,
+        layout: str,
+        adapter: str,
+        model: str,
     ) -> None:
-        self.store, self._deleted = store, deleted
+        self.store, self._deleted, self._expired = store, deleted, expired
         self.layout, self.adapter, self.model = layout, adapter, model
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-load")
 
@@ -38,8 +49,9 @@ class Records:
         """Start no further reads."""
         self._loaders.shutdown(wait=False)
 
-    async def latest(self, session: Session) -> Record | None:
-        """The session's latest record, None where it has none.
+    async def latest(self, session: Session, ticket: str | None = None) -> Record | None:
+        """The session's latest record, None where it has none. One that has outlived its own ttl is deleted here,
+        unless a request other than ``ticket`` is writing the session.
 
         Raises:
             CorruptRecord, StoreUnavailable: it cannot be read.
@@ -55,7 +67,22 @@ class Records:
                 if record is not None:
                     self.verify(record)
                 session.set_record(record)
+            if session.owner in (None, ticket):
+                await self._expire(session)
             return session.record
+
+    async def _expire(self, session: Session) -> None:
+        record = session.record
+        if record is None or session.unsaved or not has_outlived(record):
+            return
+        gone = await self.on_loader(self.store.delete_idle, [session.key], record.updated_at)
+        if session.record is not record:
+            return
+        if gone:
+            session.erase()
+            self._expired(session.key)
+        else:  # another server has written it meanwhile, or deleted it
+            session.set_record(await self.on_loader(self.store.get, session.key))
 
     async def _notice_other_writers(self, session: Session) -> None:
         """Another server on the same store may have moved the session on since this one last saw it."""
@@ -91,3 +118,10 @@ class Records:
                     status=422,
                     parameter="session_id",
                 )
+
+
+def has_outlived(record: Record) -> bool:
+    """Whether a session has a ttl of its own, and its last version is older."""
+    if _TTL not in record.attributes:  # as the encoding names it: nothing is decoded for a session that has none
+        return False
+    return attributes.unpack(record.attributes).outlived(record.updated_at, time.time())

@@ -28,7 +28,7 @@ from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.expiry import Expiry
 from deltamem_vllm.sessions.facts import Pin
 from deltamem_vllm.sessions.grants import Grant, History, cache_salt, state_digest
-from deltamem_vllm.sessions.histories import check_rendered_from, recall
+from deltamem_vllm.sessions.histories import check_rendered_from
 from deltamem_vllm.sessions.leases import EngineLeases
 from deltamem_vllm.sessions.masks import Spans, conversation, place
 from deltamem_vllm.sessions.quotas import Quotas
@@ -81,7 +81,9 @@ class SessionService:
         self.adapter, self.state_shape = adapter, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
         self.store: StateStore = open_store(store_url)
-        self.records = Records(self.store, self.forget_on_device, layout=layout, adapter=adapter, model=model)
+        self.records = Records(
+            self.store, self.forget_on_device, self._expired, layout=layout, adapter=adapter, model=model
+        )
         self.writer = CommitWriter(self.store)
         self.quotas = Quotas(self.records, state_shape)
         self.rates = Rates()
@@ -100,7 +102,9 @@ class SessionService:
         self.audit = audit
         self.directory = Directory(host_bytes)
         self.erased: deque[SessionKey] = deque()  # sessions whose states the pool must forget
-        self.expiry = Expiry(ttl, self.directory, self.records, self.forget_on_device, audit) if ttl else None
+        self.expiry = Expiry(
+            ttl, self.directory, self.records, self.forget_on_device, self._expired, self.commits.check_audit
+        )
         self.tickets = Tickets(self._settled)
         self._admitting: dict[str, asyncio.Task[Any] | None] = {}
         self._epoch = 0
@@ -151,8 +155,7 @@ class SessionService:
             server.result()
         self._started.set()
         background = [asyncio.ensure_future(each) for each in (self.commits.keep_trying(), self.leases.keep())]
-        if self.expiry is not None:
-            background.append(asyncio.ensure_future(self.expiry.run()))
+        background.append(asyncio.ensure_future(self.expiry.run()))
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({server, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if server.done():
@@ -245,7 +248,7 @@ class SessionService:
         if_match: Match,
     ) -> dict[str, Any]:
         self.commits.check_room(session)
-        record = await self.records.latest(session)
+        record = await self.records.latest(session, ticket)
         check_match(session.key, record, if_match, needed=False)
         if mode == "readwrite":
             self.commits.check_audit()
@@ -306,11 +309,6 @@ class SessionService:
         """What the client may call the answer that came with a version, see `chain.reply_digests`."""
         self.directory.get(key).reply = (version, digests)
 
-    async def recall(self, key: SessionKey) -> dict[str, Any]:
-        """Which messages of a conversation the session's memory holds: version, packed chain, reply."""
-        session = self.directory.get(key)
-        return recall(session, await self.records.latest(session))
-
     async def info(self, key: SessionKey) -> dict[str, Any] | None:
         """What is known of a session, or None where it has no record."""
         return await management.info(self, key)
@@ -323,6 +321,11 @@ class SessionService:
         """A session was deleted: its states leave the pool with the engine's next step."""
         self.tickets.note_deletion(key)  # before the scheduler hears of it: see SchedulerSide._plan_seed
         self.erased.append(key)
+
+    def _expired(self, key: SessionKey) -> None:
+        self.forget_on_device(key)
+        if self.audit is not None:
+            self.audit.append("expire", key)
 
     # ------------------------------------------------------------------ called by the scheduler's thread
 

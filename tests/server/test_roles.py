@@ -43,14 +43,14 @@ def render(template: str, messages: list[Any], gen: bool = False) -> list[int]:
         raise ValueError(str(e)) from None
 
 
-def mask(template: str, messages: list[Any], written: Sequence[bool]) -> tuple[str, Spans]:
+def mask(template: str, messages: list[Any], written: Sequence[bool], reply: bool = True) -> tuple[str, Spans]:
     """The whole prompt and its spans."""
 
     async def beginning(some: list[Any]) -> list[int]:
         return render(template, some)
 
     prompt = render(template, messages, gen=True)
-    return "".join(map(chr, prompt)), asyncio.run(unwritten(messages, written, prompt, beginning))
+    return "".join(map(chr, prompt)), asyncio.run(unwritten(messages, written, prompt, beginning, reply))
 
 
 def message(role: str, content: str, **more: Any) -> dict[str, Any]:
@@ -84,6 +84,19 @@ def test_a_masked_last_message_ends_before_the_generation_prompt() -> None:
     longer, later = mask(PLAIN, TALK, [True, True, True, False, True, True])
     assert later == spans
     assert longer.startswith(prompt[: spans[0][1]])
+
+
+def test_a_reply_that_is_not_written_begins_where_its_turn_does() -> None:
+    """What the template puts before it is masked, too, as it is when the reply is resent as a message."""
+    talk = TALK[:2]
+    for written in ([True, True], [True, False], [False, False]):
+        prompt, spans = mask(PLAIN, talk, written, reply=False)
+        assert prompt[spans[-1][0] : spans[-1][1]].endswith("<assistant>")
+        longer, later = mask(PLAIN, TALK[:3], [*written, False], reply=False)
+        stop = len(prompt)
+        assert longer.startswith(prompt)
+        assert [(start, min(end, stop)) for start, end in later if start < stop] == list(spans)
+    assert mask(PLAIN, talk, [True, True])[1] == ()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

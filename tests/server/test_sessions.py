@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from deltamem_vllm.demo.server import VllmServer
+from tests.server.slow import PACE
 from tests.server.talk import (
     Talk,
     chat,
@@ -218,14 +219,15 @@ def test_several_conversations_at_once(talk: Talk) -> None:
 @pytest.mark.parametrize("endpoint", ["completions", "chat/completions"])
 def test_a_stream_says_its_version_at_the_end(talk: Talk, endpoint: str) -> None:
     s = new_session()
-    body = completion(FACT, 8, stream=True) if endpoint == "completions" else chat("Bo is a cat.", 8, stream=True)
+    body = completion(FACT, 8) if endpoint == "completions" else chat("Bo is a cat.", 8)
+    body |= {"stream": True, "vllm_xargs": PACE}  # a client that is slower than the engine gets several tokens at once
     for version in ("1", "2"):
         with talk.stream("POST", f"/v1/{endpoint}", json=body, headers={"X-Session-ID": s}) as response:
             assert response.status_code == 200
             assert response.headers["content-type"].startswith("text/event-stream")
             text = response.read().decode()
         assert closing(text) == {"x-session-id": s, "x-session-version": version, "x-deltamem-commit": "committed"}
-        assert len(chunks(text)) >= 8
+        assert len(chunks(text)) >= 4
         assert text.index("[DONE]") < text.index(": x-session-version"), "the comment closes the stream"
         assert talk.version(s) == int(version)
 

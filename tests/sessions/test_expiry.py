@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltamem_vllm.errors import StoreUnavailable
-from deltamem_vllm.sessions import expiry
+from deltamem_vllm.errors import SessionError, StoreUnavailable
+from deltamem_vllm.sessions import expiry, management
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.memory import MemoryStore
-from deltamem_vllm.store.protocol import Keys, Outcomes, Put, SessionKey
+from deltamem_vllm.store.protocol import Keys, Listing, Outcomes, Put, SessionKey
 from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, run, turn
 
 
@@ -25,6 +25,12 @@ class Aged(MemoryStore):
         self.age = 0.0
         self.put_error: Exception | None = None
         self.delete_error: Exception | None = None
+        self.history_error = False
+
+    def history(self, wanted: SessionKey, limit: int = 100) -> Listing:
+        if self.history_error:
+            raise StoreUnavailable("away")
+        return super().history(wanted, limit)
 
     def put_many(self, puts: Sequence[Put]) -> Outcomes:
         if self.put_error is not None:
@@ -39,7 +45,6 @@ class Aged(MemoryStore):
 
 
 async def sweep(service: SessionService) -> int:
-    assert service.expiry is not None
     return await service.expiry.sweep()
 
 
@@ -149,7 +154,6 @@ def test_a_sweep_whose_outcome_is_not_known_forgets_what_it_tried() -> None:
 
 def test_the_pause_between_sweeps_differs_between_engines() -> None:
     async def scenario(service: SessionService) -> None:
-        assert service.expiry is not None
         pauses = [service.expiry.pause() for _ in range(100)]
         assert all(30 <= pause <= 90 for pause in pauses)
         assert max(pauses) - min(pauses) > 10
@@ -158,4 +162,127 @@ def test_the_pause_between_sweeps_differs_between_engines() -> None:
 
 
 def test_without_a_ttl_nothing_expires() -> None:
-    assert make_service().expiry is None
+    store = Aged()
+
+    async def scenario(service: SessionService) -> None:
+        store.age = 1e9
+        await turn(service, "old", [1], [0])
+        assert await sweep(service) == 0
+        assert (await turn(service, "old", [2], [0]))["version"] == 2
+
+    drive(make_service(store), scenario)
+
+
+# --- a session's own ttl ----------------------------------------------------------------------------------------------
+
+
+async def told(service: SessionService, name: str, ttl: float | None) -> None:
+    """A session with a memory, and a ttl of its own."""
+    await management.create(service, key(name), f"create-{name}", {}, ttl, None)
+    await turn(service, name, [1], [0])
+
+
+async def as_seen(service: SessionService, name: str, how: str) -> int:
+    """The version that a session has to somebody."""
+    match how:
+        case "info":
+            found = await management.info(service, key(name))
+            return 0 if found is None else int(found["version"])
+        case "read" | "readwrite":
+            granted = await admit(service, name, [5], how)
+            return int(granted["version"])
+        case "export":
+            exported = await management.export(service, key(name))
+            return 0 if exported is None else int(exported["version"])
+        case _:
+            with pytest.raises(SessionError, match="not found"):
+                await management.reset(service, key(name), "reset", None)
+            return 0
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["in host memory", "in the store only"])
+@pytest.mark.parametrize("how", ["info", "read", "readwrite", "export", "change"])
+def test_nobody_gets_a_session_that_has_outlived_its_ttl(how: str, held: bool) -> None:
+    store = Aged()
+
+    async def scenario(service: SessionService) -> None:
+        store.age = 100.0
+        await told(service, "short", 50.0)
+        if not held:
+            service.directory.get(key("short")).forget()
+        else:
+            record = store.get(key("short"))
+            service.directory.get(key("short")).set_record(record)
+        before = service.directory.get(key("short")).incarnation
+        store.age = 0.0
+        assert await as_seen(service, "short", how) == 0
+        assert store.get(key("short")) is None
+        assert service.directory.get(key("short")).incarnation != before, "its cached blocks must be nobody's"
+        assert key("short") in service.erased, "its states must leave the device too"
+
+    drive(make_service(store), scenario)
+
+
+def test_a_session_lives_as_long_as_it_is_written() -> None:
+    store = Aged()
+
+    async def scenario(service: SessionService) -> None:
+        for ttl, age in ((50.0, 49.0), (None, 1e9), (1e9, 1e6)):
+            store.age = age
+            await told(service, f"{ttl}", ttl)
+            service.directory.get(key(f"{ttl}")).forget()
+        store.age = 0.0
+        for ttl in (50.0, None, 1e9):
+            assert (await turn(service, f"{ttl}", [2], [0]))["version"] == 3
+
+    drive(make_service(store), scenario)
+
+
+def test_a_running_request_keeps_its_session_from_readers() -> None:
+    """It began in time, so it commits, and the session has a new lease of life."""
+    store = Aged()
+
+    async def scenario(service: SessionService) -> None:
+        await told(service, "s", 50.0)
+        granted = await admit(service, "s", [3])
+        record = service.directory.get(key("s")).record
+        assert record is not None
+        old = dataclasses.replace(record, updated_at=record.updated_at - 100)
+        service.directory.get(key("s")).set_record(old)
+        assert await as_seen(service, "s", "info") == 2
+        assert (await run(service, granted["ticket"], [3], [0]))["status"] == "committed"
+
+    drive(make_service(store), scenario)
+
+
+def test_the_sweep_takes_what_is_in_host_memory() -> None:
+    store = Aged()
+
+    async def scenario(service: SessionService) -> None:
+        store.age = 100.0
+        for name, ttl in (("short", 50.0), ("long", 500.0), ("none", None)):
+            await told(service, name, ttl)
+            service.directory.get(key(name)).set_record(store.get(key(name)))
+        assert await sweep(service) == 1
+        assert [info.key.session for info in store.list("default")] == ["long", "none"]
+        assert list(service.erased) == [key("short")]
+
+    drive(make_service(store), scenario)
+
+
+def test_another_servers_version_is_not_deleted() -> None:
+    """What is known here is old, and the session lives on elsewhere."""
+    store = Aged()
+
+    async def scenario(service: SessionService) -> None:
+        await told(service, "s", 50.0)
+        known = store.get(key("s"))
+        assert known is not None
+        newer = dataclasses.replace(known, version=known.version + 1)
+        assert store.put_many([(newer, known.expect)]) == [None]
+        session = service.directory.get(key("s"))
+        store.history_error = True
+        session.set_record(dataclasses.replace(known, updated_at=known.updated_at - 100))
+        assert await as_seen(service, "s", "info") == 3
+
+    drive(make_service(store), scenario)

@@ -16,6 +16,7 @@ from deltamem_vllm.audit.log import AuditLog
 from deltamem_vllm.errors import SessionError, StoreUnavailable
 from deltamem_vllm.sessions import facts, pinning, windows
 from deltamem_vllm.sessions.facts import Pin
+from deltamem_vllm.sessions.histories import recall
 from deltamem_vllm.sessions.masks import OPEN, conversation, insertion, place, sign, with_offer
 from deltamem_vllm.sessions.service import SessionService
 from tests.sessions.harness import drive, ids, key, make_service, memory, turn
@@ -116,7 +117,7 @@ def test_pins_come_with_the_commit_and_are_refused_before_it() -> None:
         assert gone["version"] == full["version"] + 1
         await turn(service, SESSION, [1, 2, 3, 4], [5])
         assert len((await ask(service, "facts"))["facts"]) == facts.MAX_FACTS - 1
-        assert (await ask(service, "offer", query="fact 7", chars=7))["texts"] == ["fact 7"]
+        assert (await recall(service, key(SESSION), "fact 7", 7))["facts"] == ["fact 7"]
 
     drive(make_service(), scenario)
 
