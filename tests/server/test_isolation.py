@@ -137,7 +137,8 @@ def fuzzed(rng: random.Random, key: str) -> tuple[str, list[tuple[bytes, bytes]]
             value = {"session_id": value} if where == "vllm_xargs" else value
         body[where] = value
     raw = json.dumps(body).encode()
-    if rng.random() < 0.1:
+    if rng.random() < 0.1:  # without an id: the damage could move it to a field where nobody would look for one
+        raw = raw.replace(MARK.encode(), b"canary")
         cut = rng.randrange(len(raw))
         raw = raw[:cut] + rng.randbytes(rng.randrange(3)) + raw[cut + rng.randrange(3) :]
     headers = [(b"authorization", f"Bearer {key}".encode()), (b"content-type", b"application/json")]
