@@ -179,9 +179,17 @@ def make_router() -> APIRouter:
             **refusals(400, 404, 412, 422, 503),
         },
     )
-    async def export_session(session_id: Id, request: Request, match: Match, version: Kept = None) -> Response:
-        """A session to take elsewhere: memory, window, metadata and facts, not encrypted."""
-        found = await ask(request, session_id, "export", version=version, if_match=match)
+    async def export_session(
+        session_id: Id,
+        request: Request,
+        match: Match,
+        version: Kept = None,
+        encrypted: Annotated[
+            bool, Query(description="With the store's key: to be imported where it is known.")
+        ] = False,
+    ) -> Response:
+        """A session to take elsewhere: memory, window, metadata and facts."""
+        found = await ask(request, session_id, "export", version=version, if_match=match, encrypted=encrypted)
         if found is None:
             raise not_found(session_id)
         headers = {"ETag": f'"{found["version"]}"', "Cache-Control": "no-store"}

@@ -27,6 +27,8 @@ MAX_IMPORT_NORM = 1e4
 """Bound on one layer's norm in an import. Trained memories stay below about 1e2."""
 MAX_PAIRS = 16
 """Pairs of metadata."""
+NOWHERE = "0" * 32
+"""Incarnation of an exported record; no session has it."""
 PORTABLE = "export"
 """Whom an exported record belongs to, and who made it: it tells nothing of where it came from but the session's id."""
 
@@ -168,14 +170,31 @@ async def rollback(
 
 
 async def export(
-    service: "SessionService", key: SessionKey, version: int | None = None, if_match: Match = None
+    service: "SessionService",
+    key: SessionKey,
+    version: int | None = None,
+    if_match: Match = None,
+    encrypted: bool = False,
 ) -> dict[str, Any] | None:
     """A session's latest version, or a kept one, as bytes; None without a session.
 
+    Args:
+        encrypted: with the store's newest key, so that only servers that have it can import it.
+
     Returns:
-        version; data: a record of the codec's plain format that names neither tenant nor incarnation nor requests.
+        version; data: a record that names neither tenant nor incarnation nor requests.
+
+    Raises:
+        SessionError: 400; the store has no key. 404; the version is not kept.
     """
     service.commits.check_audit()
+    sealing = _sealing(service) if encrypted else codec.PLAIN
+    if sealing is None:
+        raise SessionError(
+            "this server's store has no encryption key (docs/stores.md says how it gets one): ask for a plain export",
+            status=400,
+            parameter="encrypted",
+        )
     record = await service.records.latest(service.directory.get(key))
     if record is None:
         return None
@@ -191,9 +210,15 @@ async def export(
         beside = msgspec.structs.replace(unpack(record.attributes), chain=unpack(kept.attributes).chain)
         record = dataclasses.replace(kept, attributes=pack(beside))
     named = SessionKey(PORTABLE, key.session)
-    portable = dataclasses.replace(record, key=named, incarnation="0" * 32, request_id=PORTABLE)
+    portable = dataclasses.replace(record, key=named, incarnation=NOWHERE, request_id=PORTABLE)
     await service.commits.note("export", key, record.version)
-    return {"version": record.version, "data": codec.encode(portable)}
+    return {"version": record.version, "data": sealing.encode(portable)}
+
+
+def _sealing(service: "SessionService") -> codec.RecordCodec | None:
+    """The codec that the store encrypts with, if it does."""
+    found: codec.RecordCodec = getattr(service.store, "codec", codec.PLAIN)
+    return None if found is codec.PLAIN else found
 
 
 async def install(
@@ -205,10 +230,18 @@ async def install(
         forked_from: ``id@version`` of the session here that it is a copy of; None: a client gave it.
 
     Raises:
-        SessionError: 409; it exists. 422; the bytes are damaged or not of this server's adapter, model or shape.
+        SessionError: 409; it exists. 422; the bytes are damaged, encrypted with a key that the store lacks, no export,
+            or not of this server's adapter, model or shape.
     """
+    sealed = codec.format_of(data) not in (0, *codec.PLAIN_FORMATS)
+    opening = _sealing(service) if sealed else codec.PLAIN
     try:
-        record = codec.decode(data)
+        if opening is None:
+            raise CorruptRecord("it is encrypted, and this server's store has no key")
+        record = opening.decode(data)
+        if sealed and (record.key.tenant, record.incarnation) != (PORTABLE, NOWHERE):
+            # Else whoever has got hold of the store's bytes could have any session of anybody opened for them here.
+            raise CorruptRecord("it is a record of a store")
         attributes = _checked(unpack(record.attributes))
         windows.unpack(record.window)
     except CorruptRecord as e:
@@ -241,7 +274,7 @@ def _check_norms(record: Record) -> None:
 async def record_limit(service: "SessionService") -> int:
     """The most bytes that an exported session of this server's shape can have."""
     states = 2 * 4 * int(np.prod(service.state_shape))
-    return states + codec.MAX_METADATA_BYTES + codec.MAX_WINDOW_BYTES + MAX_ATTRIBUTES_BYTES + 2048
+    return states + codec.MAX_METADATA_BYTES + codec.MAX_WINDOW_BYTES + MAX_ATTRIBUTES_BYTES + 4096
 
 
 async def erase(service: "SessionService", key: SessionKey, if_match: Match = None) -> dict[str, Any]:

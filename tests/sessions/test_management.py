@@ -17,6 +17,8 @@ from deltamem_vllm.sessions.directory import Session
 from deltamem_vllm.sessions.management import QUESTIONS
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store import codec
+from deltamem_vllm.store.crypto import KeyRing, SealedCodec, new_key
+from deltamem_vllm.store.memory import MemoryStore
 from deltamem_vllm.store.protocol import Record
 from tests.sessions.harness import TENANT, admit, drive, end_of, key, make_service, memory, run, turn
 
@@ -164,6 +166,50 @@ def test_an_export_tells_nothing_of_where_it_came_from(monkeypatch: pytest.Monke
         assert await ask(service, "export", "nobody") is None
 
     drive(make_service(), scenario)
+
+
+def test_an_encrypted_export_opens_where_the_key_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(management, "MAX_IMPORT_NORM", 1e6)
+    ring, other = KeyRing.parse(f"k1 {new_key()}", "here"), KeyRing.parse(f"k1 {new_key()}", "there")
+    found: dict[str, bytes] = {}
+
+    async def export(service: SessionService) -> None:
+        await turn(service, "s", FACT, REPLY)
+        exported = await ask(service, "export", encrypted=True)
+        found["sealed"], found["state"] = exported["data"], stored(service).end.tobytes()
+        assert len(found["sealed"]) <= await QUESTIONS["record_limit"](service)
+        found["stolen"] = service.store.codec.encode(stored(service))  # type: ignore[attr-defined]
+        made = await ask(service, "install", "copy", data=found["sealed"])
+        assert made["version"] == 1
+        assert stored(service, "copy").end.tobytes() == found["state"]
+        with pytest.raises(SessionError, match="a record of a store") as refused:
+            await ask(service, "install", "thief", data=found["stolen"])
+        assert refused.value.status == 422
+        plain = (await ask(service, "export"))["data"]
+        assert found["state"] in plain
+        assert (await ask(service, "install", "plain", data=plain))["version"] == 1
+
+    drive(make_service(MemoryStore(codec=SealedCodec(ring))), export)
+    assert found["state"][:32] not in found["sealed"]
+
+    def refusing(why: str) -> Callable[[SessionService], Awaitable[None]]:
+        async def scenario(service: SessionService) -> None:
+            with pytest.raises(SessionError, match=why) as refused:
+                await ask(service, "install", "copy", data=found["sealed"])
+            assert refused.value.status == 422
+
+        return scenario
+
+    drive(make_service(MemoryStore(codec=SealedCodec(other))), refusing("does not open with key 'k1'"))
+    drive(make_service(), refusing("encrypted, and this server's store has no key"))
+
+    async def without(service: SessionService) -> None:
+        await turn(service, "s", FACT, REPLY)
+        with pytest.raises(SessionError, match="no encryption key") as refused:
+            await ask(service, "export", encrypted=True)
+        assert refused.value.status == 400
+
+    drive(make_service(), without)
 
 
 def test_what_an_import_says_of_itself_is_checked() -> None:
