@@ -176,7 +176,7 @@ def make_router() -> APIRouter:
                 "description": "The session as bytes that verify themselves.",
                 "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
             },
-            **refusals(400, 404, 412, 422, 503),
+            **refusals(400, 404, 409, 412, 422, 503),
         },
     )
     async def export_session(

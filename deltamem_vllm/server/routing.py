@@ -21,7 +21,7 @@ from deltamem_vllm.store.protocol import SessionKey
 _WHY = {
     400: "The request is not valid.",
     404: "There is no such session, or it does not keep that version.",
-    409: "The session is busy, or exists already; `Retry-After` says when to try again.",
+    409: "The session is busy (`Retry-After` says when to try again), or exists already; or nothing encrypts here.",
     412: "The session is at another version than `If-Match` names; `ETag` says at which.",
     413: "The body is larger than any exported session of this server.",
     422: "The memory was written with another adapter, model or shape, or is damaged.",

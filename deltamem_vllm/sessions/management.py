@@ -185,14 +185,14 @@ async def export(
         version; data: a record that names neither tenant nor incarnation nor requests.
 
     Raises:
-        SessionError: 400; the store has no key. 404; the version is not kept.
+        SessionError: 409; the store has no key. 404; the version is not kept.
     """
     service.commits.check_audit()
     sealing = _sealing(service) if encrypted else codec.PLAIN
     if sealing is None:
         raise SessionError(
             "this server's store has no encryption key (docs/stores.md says how it gets one): ask for a plain export",
-            status=400,
+            status=409,
             parameter="encrypted",
         )
     record = await service.records.latest(service.directory.get(key))

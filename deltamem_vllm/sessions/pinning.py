@@ -91,7 +91,8 @@ async def pin(
         return _with(record, facts.add(_facts(record, now), new, now)[0])
 
     made = await changes.change(service, key, name, make, if_match=if_match, event="facts")
-    pinned = {fact.text.strip(): fact for fact in _facts(made, now)}
+    # One with a ttl of next to nothing has expired already, and was pinned all the same.
+    pinned = {fact.text.strip(): fact for fact in attributes.unpack(made.attributes).facts}
     return {"facts": [facts.shown(pinned[each.text.strip()]) for each in new], "version": made.version}
 
 

@@ -207,7 +207,7 @@ def test_an_encrypted_export_opens_where_the_key_is(monkeypatch: pytest.MonkeyPa
         await turn(service, "s", FACT, REPLY)
         with pytest.raises(SessionError, match="no encryption key") as refused:
             await ask(service, "export", encrypted=True)
-        assert refused.value.status == 400
+        assert refused.value.status == 409
 
     drive(make_service(), without)
 

@@ -122,6 +122,16 @@ def test_pins_come_with_the_commit_and_are_refused_before_it() -> None:
     drive(make_service(), scenario)
 
 
+def test_a_fact_may_expire_at_once() -> None:
+    async def scenario(service: SessionService) -> None:
+        await turn(service, SESSION, [1, 2], [3])
+        made = await ask(service, "pin", name="r", pins=[["Bo is a cat.", "", 1e-300]])
+        assert (made["facts"][0]["text"], made["version"]) == ("Bo is a cat.", 2)
+        assert (await ask(service, "facts"))["facts"] == []
+
+    drive(make_service(), scenario)
+
+
 async def ask(service: SessionService, do: str, **question: Any) -> Any:
     return await pinning.QUESTIONS[do](service, key(SESSION), **question)
 
