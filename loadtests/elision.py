@@ -29,6 +29,8 @@ from deltamem_vllm.recall.sessions import Session, heldout_sessions, is_right
 
 Messages = list[dict[str, str]]
 KEPT = (0, 2, 8)
+PAUSE = 0.2
+"""Seconds before each request, so that none pays for what the one before it leaves to be done."""
 LAST = 10
 """Turns whose median stands for a place in the conversation."""
 
@@ -80,6 +82,7 @@ def speed(server: Server, turns: int) -> dict[str, list[float]]:
         for arm in arms if number % 2 else reversed(arms):
             history = histories[arm]
             history.append({"role": "user", "content": user})
+            time.sleep(PAUSE)
             spent, text = server.first_token(history, f"speed-{arm}", arm)
             history.append({"role": "assistant", "content": text})
             seconds[arm].append(spent)
@@ -136,10 +139,12 @@ def main() -> None:
             "--enforce-eager",
             "--no-enable-prefix-caching",
         ]
-        arguments += ["--served-model-name", "recall", "--max-model-len", str(64 + 32 * given.turns)]
-        longer = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # its answers are worth nothing there; their time is
+        # Beyond its own 1,024 tokens the model's answers are worth nothing; with positions for them, their time is.
+        longer = 64 + 32 * given.turns
+        positions = json.dumps({"max_position_embeddings": max(longer, 1024)})
+        arguments += ["--served-model-name", "recall", "--max-model-len", str(longer), "--hf-overrides", positions]
         store = f"sqlite:///{folder}/sessions.db"
-        with VllmServer(MODEL_DIR, ADAPTER_DIR, store, *arguments, env=longer) as running:
+        with VllmServer(MODEL_DIR, ADAPTER_DIR, store, *arguments) as running:
             running.wait_ready()
             server = Server(running.base_url)
             early = max(LAST, given.turns // 10)
