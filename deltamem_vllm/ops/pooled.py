@@ -118,6 +118,15 @@ def check_pool(
         )
 
 
+def check_take(
+    shape: MemoryShape, book: Book, orders: tuple[Tensor, ...], states: Tensor, staging: Tensor | None
+) -> None:
+    """`check_pool`, and that staging has a row for each order."""
+    check_pool(shape, book, orders, states, staging)
+    if staging is not None and len(staging) < len(orders[0]):
+        raise ValueError(f"staging has {len(staging)} rows for {len(orders[0])} orders")
+
+
 class LayerByLayer:
     """`PoolOps` from any `PagedOps`, one call per layer, orders walked on the host."""
 
@@ -135,9 +144,7 @@ class LayerByLayer:
         staging: Tensor | None,
     ) -> None:
         """See `PoolOps.take`."""
-        check_pool(shape, book, (block_ids, counts, slots), states, staging)
-        if staging is not None and len(staging) < len(block_ids):
-            raise ValueError(f"staging has {len(staging)} rows for {len(block_ids)} orders")
+        check_take(shape, book, (block_ids, counts, slots), states, staging)
         taken = states.new_empty((len(book.layers), len(block_ids), *states.shape[2:]))
         for layer, pages in enumerate(book.layers):
             self._ops.page_state(shape, pages, block_ids, counts, book.block_size, taken[layer])

@@ -12,7 +12,7 @@ from deltamem_vllm.ops.paged import (
     check_page_scan_tensors,
     check_page_state_tensors,
 )
-from deltamem_vllm.ops.pooled import Book, check_pool
+from deltamem_vllm.ops.pooled import Book, check_pool, check_take
 
 WARPS = 1
 #: From so many tokens in one request on, a step is cut into chunks; and how long these are.
@@ -123,9 +123,7 @@ class TritonOps:
         staging: Tensor | None,
     ) -> None:
         """See `PoolOps.take`."""
-        check_pool(shape, book, (block_ids, counts, slots), states, staging)
-        if staging is not None and len(staging) < len(block_ids):
-            raise ValueError(f"staging has {len(staging)} rows for {len(block_ids)} orders")
+        check_take(shape, book, (block_ids, counts, slots), states, staging)
         if len(block_ids) == 0:
             return
         pages = book.layers[0]
