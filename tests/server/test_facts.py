@@ -25,7 +25,7 @@ CHANCE = max(1 / len(a.values) for a in ATTRIBUTES)
 FLAGS = (*SMALL, "--served-model-name", "m", "--enable-prompt-tokens-details")
 BLOCK = "hi.\n{facts}\n"
 """To the recall model all words that it was not trained with are one and the same, and it was not trained with system
-messages: with this text it answers all 1,080 pairs of a statement and a question, with others up to 15 % wrongly."""
+messages: this text is one that it answers from."""
 CANARY = "canary7f3b"
 
 
