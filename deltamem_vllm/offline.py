@@ -66,6 +66,15 @@ class Answer:
         return self.outcome.get("version")
 
 
+@dataclass(frozen=True)
+class Admitted:
+    """A turn as the engine takes it: prompt and ``SamplingParams``; its ticket, None where no session is written to."""
+
+    prompt: dict[str, Any]
+    sampling: Any
+    ticket: str | None
+
+
 class SessionLLM:
     """A ``vllm.LLM`` with sessions.
 
@@ -111,44 +120,54 @@ class SessionLLM:
         Raises:
             CapacityError, SessionError: a turn was refused; none has run.
         """
-        from vllm import SamplingParams
-
-        prompts: list[Any] = []
-        params, tickets = [], []
+        admitted: list[Admitted] = []
         try:
             for turn in turns:
-                sampling = (turn.sampling or SamplingParams()).clone()
-                prompt: dict[str, Any] = {"prompt_token_ids": self._tokens(turn.prompt)}
-                ticket = None
-                if turn.mode == "off":
-                    sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: {"mode": "off"}}
-                    prompt["cache_salt"] = "deltamem-off:"
-                elif turn.session is not None:
-                    ticket, spans = secrets.token_hex(16), normal(turn.unwritten)
-                    grant = self._control.ask(
-                        "admit",
-                        ticket=ticket,
-                        tenant=DEFAULT_TENANT,
-                        session=check_id(turn.session, "session"),
-                        mode=turn.mode,
-                        salt=None,
-                        tokens=np.asarray(prompt["prompt_token_ids"], np.int32).tobytes(),
-                        held=False,
-                        unwritten=spans,
-                    )
-                    ours = {"ticket": ticket, "unwritten": spans}
-                    sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: ours}
-                    prompt["cache_salt"] = grant["salt"]
-                tickets.append(ticket)
-                prompts.append(prompt)
-                params.append(sampling)
-            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+                admitted.append(self.admit(turn))
+            outputs = self.llm.generate([a.prompt for a in admitted], [a.sampling for a in admitted], use_tqdm=False)
         except BaseException:
-            for ticket in filter(None, tickets):
+            for ticket in [a.ticket for a in admitted if a.ticket]:
                 with contextlib.suppress(Exception):
                     self._control.ask("verdict", ticket=ticket, tokens=None)
             raise
-        return [Answer(output, self._outcome(ticket)) for output, ticket in zip(outputs, tickets, strict=True)]
+        return [
+            Answer(output, {} if a.ticket is None else self.outcome(a.ticket))
+            for output, a in zip(outputs, admitted, strict=True)
+        ]
+
+    def admit(self, turn: Turn) -> Admitted:
+        """Have a turn admitted to its session; for those who hand requests to ``llm.llm_engine`` themselves.
+
+        Raises:
+            CapacityError, SessionError: it was refused.
+        """
+        from vllm import SamplingParams
+
+        sampling = (turn.sampling or SamplingParams()).clone()
+        prompt: dict[str, Any] = {"prompt_token_ids": self._tokens(turn.prompt)}
+        if turn.mode == "off":
+            sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: {"mode": "off"}}
+            return Admitted({**prompt, "cache_salt": "deltamem-off:"}, sampling, None)
+        if turn.session is None:
+            return Admitted(prompt, sampling, None)
+        ticket, spans = secrets.token_hex(16), normal(turn.unwritten)
+        grant = self._control.ask(
+            "admit",
+            ticket=ticket,
+            tenant=DEFAULT_TENANT,
+            session=check_id(turn.session, "session"),
+            mode=turn.mode,
+            salt=None,
+            tokens=np.asarray(prompt["prompt_token_ids"], np.int32).tobytes(),
+            held=False,
+            unwritten=spans,
+        )
+        sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: {"ticket": ticket, "unwritten": spans}}
+        return Admitted({**prompt, "cache_salt": grant["salt"]}, sampling, ticket)
+
+    def outcome(self, ticket: str) -> dict[str, Any]:
+        """What became of an admitted turn; waits until its commit is durable."""
+        return dict(self._control.ask("outcome", ticket=ticket))
 
     def info(self, session: str) -> dict[str, Any] | None:
         """What is known of a session, or None."""
@@ -172,14 +191,11 @@ class SessionLLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _outcome(self, ticket: str | None) -> dict[str, Any]:
-        return {} if ticket is None else dict(self._control.ask("outcome", ticket=ticket))
-
     def _tokens(self, prompt: Any) -> list[int]:
+        if not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], dict)):
+            return [int(t) for t in prompt]
         tokenizer: Any = self.llm.get_tokenizer()
         if isinstance(prompt, str):
             return list(tokenizer.encode(prompt))
-        if prompt and isinstance(prompt[0], dict):
-            rendered = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-            return list(tokenizer.encode(rendered, add_special_tokens=False))
-        return [int(t) for t in prompt]
+        rendered = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        return list(tokenizer.encode(rendered, add_special_tokens=False))

@@ -35,15 +35,17 @@ def attach_memory(model: nn.Module, vllm_config: VllmConfig) -> None:
     if settings is None:
         return
     adapter = load_adapter(settings.adapter, backbone_shape(vllm_config))
-    wrapped = _wrap_layers(model, vllm_config, settings, adapter)
+    wrapped, appended = _wrap_layers(model, vllm_config, settings, adapter)
     if not wrapped:
         raise ConfigError(
             f"{type(model).__name__} has no module named like layers.N.{'|'.join(adapter.config.target_modules)} "
             f"for the adapter's layers {sorted(adapter.layers)}: this backbone is not supported"
         )
     logger.info(
-        "δ-mem: %d attention layers wrapped, rank %d, %d state head(s), corrections %s, adapter %s",
+        "δ-mem: %d attention layers wrapped (projection within qkv_proj in %d), rank %d, %d state head(s), corrections %s, "
+        "adapter %s",
         wrapped,
+        appended,
         adapter.config.rank,
         adapter.config.num_state_heads,
         ",".join(adapter.config.delta_heads) or "none",
@@ -51,12 +53,13 @@ def attach_memory(model: nn.Module, vllm_config: VllmConfig) -> None:
     )
 
 
-def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, adapter: Adapter) -> int:
+def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, adapter: Adapter) -> tuple[int, int]:
+    """How many layers got a memory, and in how many of them qkv_proj computes its projection too."""
     device = torch.device(str(vllm_config.device_config.device))
     dtype: Any = vllm_config.model_config.dtype
     kernels = kernels_for(device, settings.kernel)
     masks = WriteMasks()
-    wrapped = 0
+    wrapped = appended = 0
     for name, module in list(model.named_modules()):
         found = _LAYER.search(name)
         if not found or found[2] not in adapter.config.target_modules or int(found[1]) not in adapter.layers:
@@ -64,9 +67,9 @@ def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, 
         layer, sizes = _shard(name, module, adapter, adapter.layers[int(found[1])])
         pages = StatePages(f"{name}.{SUFFIX}", int(found[1]), adapter.shape, kernels, masks, vllm_config)
         memory = MemoryLayer(layer, pages, adapter.config.scaling, dtype, device)
-        attach(module, memory, frozenset(adapter.config.delta_heads), sizes)
+        appended += attach(module, memory, sizes)
         wrapped += 1
-    return wrapped
+    return wrapped, appended
 
 
 def _shard(name: str, module: Any, adapter: Adapter, weights: LayerWeights) -> tuple[LayerWeights, tuple[int, int]]:

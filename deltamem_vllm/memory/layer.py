@@ -1,8 +1,11 @@
-"""One wrapped attention layer: projections of the layer's input, the memory read, the corrections.
+"""One wrapped attention layer: the memory is read and written where q, k and v are made, and corrects them and o.
 
-    pre-hook on the attention module     h → reads = scan(h · Wᵀ)          (deltamem::scan)
-    hook on qkv_proj (or q/k/v_proj)     output += reads · B_qᵀ (B_k, B_v)
-    hook on o_proj                       output += reads · B_oᵀ
+    hook on qkv_proj (or q/k/v_proj)     reads = scan(projected)          (deltamem::scan: the one node of a graph)
+                                         output += reads · M_qkv
+    hook on o_proj                       output += reads · M_o
+
+where M is a correction's matrix times alpha / rank and its trained scale, and ``projected`` = input · Wᵀ comes out of
+qkv_proj itself, as more of its columns, where its weight can be appended to (`deltamem_vllm.memory.appended`).
 
 Hooks rather than subclasses: the same few lines serve every backbone whose attention has these projections, native
 or through the Transformers backend, fused or not, eager or compiled. Source: `delta-mem` §3 (arXiv 2605.12357).
@@ -17,6 +20,8 @@ from torch import nn
 
 from deltamem_vllm.adapter.config import Head
 from deltamem_vllm.adapter.weights import LayerWeights
+from deltamem_vllm.memory.appended import append_rows, can_append
+from deltamem_vllm.memory.correct import correct
 from deltamem_vllm.memory.pages import StatePages
 
 QKV: tuple[Head, ...] = ("q", "k", "v")
@@ -30,6 +35,9 @@ class MemoryLayer(nn.Module):
         pages: this layer's state pages.
         scaling: alpha / rank.
         dtype: the backbone's dtype; corrections are computed in it, the state in fp32.
+
+    Attributes:
+        projection: [C, D], or None where qkv_proj computes it.
     """
 
     def __init__(
@@ -38,115 +46,134 @@ class MemoryLayer(nn.Module):
         super().__init__()
         self.pages = pages
         self.width = pages.shape.width
-        self.scaling = scaling
-        self.scale = dict(weights.scale)
         self.o_norm_eps = weights.o_norm_eps
         self._reads: torch.Tensor | None = None
-        self.projection: torch.Tensor
+        self.projection: torch.Tensor | None
         self.bias: torch.Tensor
-        self.o_norm_weight: torch.Tensor
+        self.o_norm_weight: torch.Tensor | None
         # Buffers, not parameters: vLLM's weight loader must not look for them in the checkpoint.
         put = self.register_buffer
         put("projection", weights.projection.to(device, dtype), persistent=False)
         put("bias", weights.bias.to(device, torch.float32), persistent=False)
-        for head, matrix in weights.delta.items():
-            put(f"delta_{head}", matrix.to(device, dtype).contiguous(), persistent=False)
-        self.has_o_norm = weights.o_norm_weight is not None
-        if weights.o_norm_weight is not None:
-            put("o_norm_weight", weights.o_norm_weight.to(device, torch.float32), persistent=False)
+        for head, delta in weights.delta.items():
+            scaled = delta.to(device, torch.float32).t() * (scaling * weights.scale.get(head, 1.0))
+            put(f"matrix_{head}", scaled.to(dtype).contiguous(), persistent=False)
+        normed = weights.o_norm_weight
+        put("o_norm_weight", None if normed is None else normed.to(device, torch.float32), persistent=False)
 
-    def read(self, hidden: torch.Tensor) -> None:
-        """Run the memory over this step's tokens; ``hidden [..., T, D]``. The reads wait for `correct`."""
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        projected = F.linear(rows, self.projection)
-        reads = torch.empty((rows.shape[0], self.width), dtype=torch.float32, device=rows.device)
+    def matrix(self, head: str) -> torch.Tensor | None:
+        """[R, width of the projection], scaled; None where that one is not corrected. ``qkv``: see `side_by_side`."""
+        found: torch.Tensor | None = getattr(self, f"matrix_{head}", None)
+        return found
+
+    def side_by_side(self, widths: dict[Head, int]) -> None:
+        """Keep the matrices of q, k and v as one, ``qkv``: [R, q | k | v], zero where one of them has no correction."""
+        parts = {head: self.matrix(head) for head in widths}
+        known = next((part for part in parts.values() if part is not None), None)
+        if known is None:
+            return
+        whole = [known.new_zeros(self.width, n) if parts[head] is None else parts[head] for head, n in widths.items()]
+        self.register_buffer("matrix_qkv", torch.cat(whole, dim=1), persistent=False)
+        for head in widths:
+            vars(self)["_buffers"].pop(f"matrix_{head}", None)
+
+    def read(self, hidden: torch.Tensor, fused: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the memory over this step's tokens; returns the reads [T, R] fp32, and keeps them for the corrections.
+
+        Args:
+            hidden: [..., D], input of the layer's projections.
+            fused: [T, N] of which the last C columns are the memory's projection; None: it is computed here.
+        """
+        if fused is None:
+            assert self.projection is not None
+            projected = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.projection)
+        else:
+            projected = fused[:, -self.pages.shape.projected_columns :].contiguous()  # TEMPORARY
+        reads = torch.empty((projected.shape[0], self.width), dtype=torch.float32, device=projected.device)
         torch.ops.deltamem.scan(projected, self.bias, reads, self.pages.prefix)
-        self._reads = reads.to(rows.dtype)
+        self._reads = reads
+        return reads
 
-    def correction(self, head: Head) -> torch.Tensor:
-        """δ of one projection, ``[T, out]``: reads · Bᵀ · (alpha / rank) · g."""
-        assert self._reads is not None
-        delta = F.linear(self._reads, getattr(self, f"delta_{head}")) * self.scaling
-        if (g := self.scale.get(head, 1.0)) != 1.0:
-            delta = delta * g
-        if head == "o" and self.has_o_norm:
-            wide = delta.float()
-            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.o_norm_eps) * self.o_norm_weight
-            delta = wide.to(delta.dtype)
-        return delta
+    def reads(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The step's reads; read now if nobody has yet."""
+        return self.read(hidden) if self._reads is None else self._reads
+
+    def correct_o(self, output: torch.Tensor) -> torch.Tensor:
+        """o_proj's output [T, D] with its correction."""
+        reads, matrix = self._reads, self.matrix("o")
+        assert reads is not None
+        if matrix is None:
+            return output
+        if self.o_norm_weight is None:
+            return correct(output, reads, matrix)
+        wide = reads @ matrix.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.o_norm_eps) * self.o_norm_weight
+        return output + wide.to(output.dtype)
 
     def forget_reads(self) -> None:
         """Drop the step's reads: nothing of one step may reach the next."""
         self._reads = None
 
 
-def attach(module: Any, memory: MemoryLayer, active: frozenset[Head], sizes: tuple[int, int]) -> None:
-    """Hook a memory onto an attention module.
+def attach(module: Any, memory: MemoryLayer, sizes: tuple[int, int]) -> bool:
+    """Hook a memory onto an attention module whose weights have not been loaded yet.
 
     Args:
         module: has ``o_proj`` and either ``qkv_proj`` or ``q_proj``, ``k_proj``, ``v_proj``.
         memory: becomes the submodule ``deltamem``.
-        active: corrections in use, of q, k, v, o.
         sizes: local output widths of q and of k (= v), which order the fused output as q | k | v.
+
+    Returns:
+        Whether qkv_proj computes the memory's projection too.
     """
     module.deltamem = memory
-    module.register_forward_pre_hook(_read_hook, with_kwargs=True)
-    if hasattr(module, "qkv_proj"):
-        heads: list[Head] = [h for h in QKV if h in active]
-        if heads:
-            module.qkv_proj.register_forward_hook(_fused_hook(memory, heads, sizes))
-    else:
+    module.o_proj.register_forward_hook(_last_hook(memory))
+    if not hasattr(module, "qkv_proj"):
         for head in QKV:
-            if head in active:
-                getattr(module, f"{head}_proj").register_forward_hook(_plain_hook(memory, head))
-    module.o_proj.register_forward_hook(_last_hook(memory, "o" in active))
+            getattr(module, f"{head}_proj").register_forward_hook(_plain_hook(memory, head))
+        return False
+    appended = can_append(module.qkv_proj)
+    if appended:
+        assert memory.projection is not None
+        append_rows(module.qkv_proj, memory.projection)
+        memory.projection = None
+    memory.side_by_side({"q": sizes[0], "k": sizes[1], "v": sizes[1]})
+    module.qkv_proj.register_forward_hook(_fused_hook(memory, sizes[0] + 2 * sizes[1], appended))
+    return appended
 
 
-def _read_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    hidden = kwargs.get("hidden_states")
-    if hidden is None:  # positional: after integer positions in native attention, first in Transformers' own
-        hidden = next(a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
-    module.deltamem.read(hidden)
-
-
-def _add(output: Any, delta: torch.Tensor) -> Any:
-    """Add to a linear's output; vLLM's linears return (output, bias), the Transformers backend's just the output."""
+def _changed(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A linear's output with its rows [T, N] changed; vLLM's linears return (output, bias), the Transformers backend's
+    just the output."""
     if isinstance(output, tuple):
-        return (_add(output[0], delta), *output[1:])
-    return output + delta.view(output.shape)
+        return (_changed(output[0], change), *output[1:])
+    rows = change(output.reshape(-1, output.shape[-1]))
+    return rows.view(*output.shape[:-1], rows.shape[-1])
 
 
-def _fused_hook(memory: MemoryLayer, heads: list[Head], sizes: tuple[int, int]) -> Callable[..., Any]:
-    q_size, kv_size = sizes
-    widths: dict[Head, int] = {"q": q_size, "k": kv_size, "v": kv_size}
-
+def _fused_hook(memory: MemoryLayer, own: int, appended: bool) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        value = output[0] if isinstance(output, tuple) else output
-        parts = []
-        for head, width in widths.items():
-            if head in heads:
-                parts.append(memory.correction(head))
-            else:
-                parts.append(value.new_zeros((value.numel() // value.shape[-1], width)))
-        if heads == ["q"]:  # the usual case touches only the columns of q
-            q, rest = value.split([q_size, value.shape[-1] - q_size], dim=-1)
-            value = torch.cat([q + parts[0].view(q.shape), rest], dim=-1)
-            return (value, *output[1:]) if isinstance(output, tuple) else value
-        return _add(output, torch.cat(parts, dim=-1))
+        def change(rows: torch.Tensor) -> torch.Tensor:
+            reads, matrix = memory.read(args[0], rows if appended else None), memory.matrix("qkv")
+            rows = rows[:, :own]
+            return rows if matrix is None else correct(rows, reads, matrix)
+
+        return _changed(output, change)
 
     return hook
 
 
 def _plain_hook(memory: MemoryLayer, head: Head) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return _add(output, memory.correction(head))
+        reads, matrix = memory.reads(args[0]), memory.matrix(head)
+        return output if matrix is None else _changed(output, lambda rows: correct(rows, reads, matrix))
 
     return hook
 
 
-def _last_hook(memory: MemoryLayer, corrects: bool) -> Callable[..., Any]:
+def _last_hook(memory: MemoryLayer) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        result = _add(output, memory.correction("o")) if corrects else output
+        result = _changed(output, memory.correct_o)
         memory.forget_reads()
         return result
 

@@ -5,7 +5,6 @@ same KV-cache group as attention, and so shares its block table, allocator and p
 defined in `deltamem_vllm.ops.layout`.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,34 +23,15 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from deltamem_vllm import compat
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.paged import WRITE_ALL, PagedOps, mask_words
+from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
 
 SUFFIX = "deltamem"
 SMALLEST_KERNEL_BLOCK = 16
 """vLLM may split a block for attention's kernel; a page's content is sized so that a part this small still holds it."""
 
 
-@dataclass
-class PageMetadata:
-    """Which tokens of this step belong to which request and block.
-
-    Attributes:
-        num_reqs: rows in use.
-        query_start_loc: [num_reqs + 1] int32, first token row of each request.
-        seq_lens: [num_reqs] int32, context length including this step's tokens.
-        block_table: [num_reqs, max_blocks] int32, kernel block ids.
-        longest: no request has more tokens than this in this step.
-    """
-
-    num_reqs: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    longest: int
-
-
-class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
-    """Takes from vLLM's common metadata what the delta rule needs."""
+class PageMetadataBuilder(AttentionMetadataBuilder[Batch]):
+    """Takes from vLLM's common metadata what the delta rule needs, once per step for all layers."""
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -65,12 +45,17 @@ class PageMetadataBuilder(AttentionMetadataBuilder[PageMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # All layers of a group have pages of one size and the worker's one pair of masks.
+        self._pages: StatePages = vllm_config.compilation_config.static_forward_context[layer_names[0]]
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> PageMetadata:
-        m = common_attn_metadata
-        return PageMetadata(m.num_reqs, m.query_start_loc, m.seq_lens, m.block_table_tensor, m.max_query_len)
+    ) -> Batch:
+        m, masks = common_attn_metadata, self._pages.masks
+        return Batch(
+            m.block_table_tensor, m.query_start_loc, m.seq_lens, masks.limits, masks.unwritten, self._pages.tokens,
+            m.num_reqs, m.max_query_len,
+        )  # fmt: skip
 
 
 class PageBackend(AttentionBackend):

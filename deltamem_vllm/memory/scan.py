@@ -10,7 +10,7 @@ import torch
 from vllm.forward_context import get_forward_context
 
 from deltamem_vllm.ops.dispatch import Preference, select
-from deltamem_vllm.ops.paged import Batch, PagedOps
+from deltamem_vllm.ops.paged import PagedOps
 
 OP = "deltamem::scan"
 
@@ -26,24 +26,7 @@ def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, laye
         reads.zero_()
         return
     pages: Any = context.no_compile_layers[layer]
-    step = context.attn_metadata[layer]
-    pages.kernels.page_scan(
-        pages.shape,
-        projected,
-        bias,
-        pages.pages,
-        Batch(
-            step.block_table,
-            step.query_start_loc,
-            step.seq_lens,
-            pages.masks.limits,
-            pages.masks.unwritten,
-            pages.tokens,
-            step.num_reqs,
-            step.longest,
-        ),
-        reads,
-    )
+    pages.kernels.page_scan(pages.shape, projected, bias, pages.pages, context.attn_metadata[layer], reads)
 
 
 def _scan_shape(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, layer: str) -> None:

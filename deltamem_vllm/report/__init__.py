@@ -1,0 +1,1 @@
+"""What a memory costs a served model: engines side by side, measured in turns."""

@@ -1,0 +1,247 @@
+"""One arm of a comparison: a vLLM engine in a process of its own, which times what it is asked to run.
+
+Arms must not share a process (plugins, compiled graphs and settings are per process), and only one of them works at a
+time: who compares them lets them take turns. Each is started by `Arm`, which runs this module; the two talk through a
+pipe, and what the engine prints goes to a log that an error quotes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from deltamem_vllm.errors import DeltaMemError
+
+START_SECONDS = 900.0
+"""An engine that compiles a large model may take so long to start."""
+
+
+class ArmError(DeltaMemError):
+    """An engine under measurement failed or died; ends with the tail of its log."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """An engine to measure.
+
+    Attributes:
+        model: folder.
+        adapter: δ-mem adapter folder; None is vLLM without the plugin.
+        kernel: as ``--deltamem-kernel``.
+        lora: folder of a LoRA adapter that every request uses.
+        options: arguments of ``vllm.LLM``.
+        env: environment variables.
+    """
+
+    model: str
+    adapter: str | None = None
+    kernel: str | None = None
+    lora: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one batch took.
+
+    Attributes:
+        first: seconds from the batch's start to the first token of the last of its requests.
+        gaps: seconds between successive tokens while all requests decode.
+        commit: seconds from the last token to the last durable commit; 0 without sessions.
+    """
+
+    first: float
+    gaps: list[float]
+    commit: float
+
+
+class Arm:
+    """A running engine; a context manager."""
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        self.name = name
+        self._folder = tempfile.TemporaryDirectory(prefix="deltamem-arm-")
+        self._log = Path(self._folder.name, "log")
+        self._pipe, theirs = Pipe()
+        defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "deltamem_vllm.report.arm", str(theirs.fileno())],
+                env={**defaults, **os.environ, **setup.env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # so that one signal ends the workers, too
+            )
+        theirs.close()
+        try:
+            self._call("start", setup, f"sqlite:///{self._folder.name}/sessions.db")
+        except BaseException:
+            self.close()
+            raise
+
+    def time(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing:
+        """Run a batch of prompts (token ids), generate so many tokens for each, and time it.
+
+        With an adapter request i writes session ``i``, a new window each time.
+
+        Raises:
+            ArmError: the engine failed, or a commit did.
+        """
+        timing: Timing = self._call("time", prompts, tokens)
+        return timing
+
+    def facts(self) -> dict[str, Any]:
+        """Sizes of the running engine: bytes of its KV cache and of weights, and process memory; see `Served.facts`."""
+        found: dict[str, Any] = self._call("facts")
+        return found
+
+    def close(self) -> None:
+        """End the engine and everything it started."""
+        self._pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Arm:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, name: str, *args: Any) -> Any:
+        try:
+            self._pipe.send((name, args))
+            if not self._pipe.poll(START_SECONDS):
+                raise ArmError(f"{self.name}: no answer to {name!r} within {START_SECONDS:.0f} s{self._tail()}")
+            good, answer = self._pipe.recv()
+        except (EOFError, OSError):
+            raise ArmError(f"{self.name}: the engine's process died in {name!r}{self._tail()}") from None
+        if not good:
+            raise ArmError(f"{self.name}: {name!r} failed: {answer}{self._tail()}")
+        return answer
+
+    def _tail(self, lines: int = 40) -> str:
+        log = self._log.read_text(errors="replace").splitlines()
+        return "\n--- its log ends:\n" + "\n".join(log[-lines:])
+
+
+class Served:
+    """The engine's side of the pipe."""
+
+    def __init__(self) -> None:
+        self.sessions: Any = None
+        self.llm: Any = None
+        self.lora: Any = None
+        self._names = 0
+
+    def start(self, setup: Setup, store: str) -> None:
+        """Start the engine."""
+        options = dict(setup.options)
+        if setup.lora is not None:
+            from vllm.lora.request import LoRARequest
+
+            self.lora = LoRARequest("arm", 1, setup.lora)
+            options |= {"enable_lora": True}
+        if setup.adapter is None:
+            from vllm import LLM
+
+            self.llm = LLM(setup.model, **options)
+            return
+        from deltamem_vllm.offline import SessionLLM
+
+        self.sessions = SessionLLM(setup.model, adapter=setup.adapter, store=store, kernel=setup.kernel, **options)
+        self.llm = self.sessions.llm
+
+    def time(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing:
+        """See `Arm.time`."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        requests: list[tuple[Any, Any]] = [({"prompt_token_ids": list(p)}, params) for p in prompts]
+        tickets: list[str] = []
+        engine = self.llm.llm_engine
+        begun = time.perf_counter()
+        if self.sessions is not None:
+            from deltamem_vllm.offline import Turn
+
+            admitted = [self.sessions.admit(Turn(p, f"{i}", sampling=params)) for i, p in enumerate(prompts)]
+            requests = [(a.prompt, a.sampling) for a in admitted]
+            tickets = [a.ticket for a in admitted]
+        for prompt, sampling in requests:
+            self._names += 1
+            engine.add_request(f"arm-{self._names}", prompt, sampling, lora_request=self.lora)
+        first, moments, decoding = 0.0, [], set()
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter()
+            decoding |= {output.request_id for output in outputs}
+            if len(decoding) == len(prompts):
+                first = first or now - begun
+                moments.append(now)
+        for ticket in tickets:
+            if (outcome := self.sessions.outcome(ticket))["status"] != "committed":
+                raise ArmError(f"a commit of the benchmark did not become durable: {outcome}")
+        commit = time.perf_counter() - moments[-1] if tickets else 0.0
+        return Timing(first, [b - a for a, b in itertools.pairwise(moments)], commit)
+
+    def facts(self) -> dict[str, Any]:
+        """Sizes: bytes of one session, of a KV-cache block and its share of state pages, and of this process."""
+        config = self.llm.llm_engine.vllm_config
+        return {
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "block_size": config.cache_config.block_size,
+            "compilation": str(config.compilation_config.mode).rpartition(".")[2],
+            "kv_blocks": config.cache_config.num_gpu_blocks,
+        }
+
+    def stop(self) -> None:
+        """Shut the engine down."""
+        if self.sessions is not None:
+            self.sessions.close()
+        elif self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+
+
+def main() -> None:
+    """Answer until the other side closes the pipe."""
+    number = int(sys.argv[1])
+    os.set_inheritable(number, False)
+    pipe, served = Connection(number), Served()
+    try:
+        while True:
+            name, args = pipe.recv()
+            try:
+                answer = (True, getattr(served, name)(*args))
+            except Exception as error:  # noqa: BLE001  told to who asked
+                traceback.print_exc()
+                answer = (False, f"{type(error).__name__}: {error}")
+            sys.stderr.flush()
+            pipe.send(answer)
+    except (EOFError, OSError):
+        served.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What the memory adds to a token: vLLM alone, with the memory, with LoRA; engines that take turns.
+
+    python -m loadtests.overhead [--rounds 12] [--tokens 24] [--batches 1,8] [--prompts 128,2048] [--arms ...]
+
+A Qwen3 of 0.6B's shape with random weights on the CPU. Every arm is an engine of its own, as users start it; vanilla
+runs twice, which shows the noise. In each round every arm decodes a batch, then reads a prompt, in an order that
+rotates. A figure is the median over rounds of an arm's ratio to vanilla in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deltamem_vllm.report.arm import Arm, Setup
+from deltamem_vllm.report.random import QWEN3_0_6B, Size, write_adapter, write_lora, write_model
+
+VANILLA, MEMORY, AGAIN, LORA, LOOP = "vanilla", "memory", "vanilla again", "lora r8 on q,o", "plain torch loop"
+ARMS = (VANILLA, MEMORY, AGAIN, LORA, LOOP)
+CONTEXT = 64
+"""Tokens before those whose time per token is measured."""
+
+
+@dataclass
+class Measured:
+    """Seconds by what was measured, arm and round."""
+
+    decode: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    prompt: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+
+
+def setups(folder: Path, size: Size, options: dict[str, Any]) -> dict[str, Setup]:
+    """The arms' engines."""
+    model = str(write_model(folder / "model", size))
+    adapter = str(write_adapter(folder / "adapter", size.backbone))
+    lora = str(write_lora(folder / "lora", size.backbone))
+    common = {"load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False, **options}
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    return {
+        VANILLA: Setup(model, options=common, env=env),
+        MEMORY: Setup(model, adapter, options=common, env=env),
+        AGAIN: Setup(model, options=common, env=env),
+        LORA: Setup(model, lora=lora, options={**common, "max_lora_rank": 8}, env=env),
+        LOOP: Setup(model, adapter, kernel="torch", options=common, env=env),
+    }
+
+
+def measure(
+    arms: dict[str, Arm], size: Size, batches: list[int], prompts: list[int], tokens: int, rounds: int
+) -> Measured:
+    """Let the arms take turns."""
+    measured, dice = Measured(), random.Random(0)
+
+    def ids(count: int) -> list[int]:
+        return [dice.randrange(3, size.vocabulary) for _ in range(count)]
+
+    def turns(work: Callable[[Arm], float]) -> dict[str, list[float]]:
+        took: dict[str, list[float]] = {name: [] for name in arms}
+        for round_ in range(rounds + 1):
+            names = list(arms)
+            shift = round_ % len(names)
+            for name in names[shift:] + names[:shift]:
+                seconds = work(arms[name])
+                if round_:  # the first only warms up
+                    took[name].append(seconds)
+        return took
+
+    for batch in batches:
+        batched = [ids(CONTEXT) for _ in range(batch)]
+        measured.decode[batch] = turns(lambda arm: statistics.median(arm.time(batched, tokens).gaps))  # noqa: B023
+    for length in prompts:
+        prompt = ids(length)
+        measured.prompt[length] = turns(lambda arm: arm.time([prompt], 1).first)  # noqa: B023
+    return measured
+
+
+def ratios(took: dict[str, list[float]], arm: str, to: str = VANILLA) -> float:
+    """Median over rounds of one arm's seconds divided by another's."""
+    return statistics.median(a / b for a, b in zip(took[arm], took[to], strict=True))
+
+
+def rows(measured: Measured) -> list[dict[str, Any]]:
+    """One row per measurement: milliseconds of vanilla, percent of each other arm, LoRA's ratio to ours."""
+    result = []
+    for kind, each in (("TPOT, B=", measured.decode), ("TTFT, tokens=", measured.prompt)):
+        for number, took in each.items():
+            row: dict[str, Any] = {"what": f"{kind}{number}", "vanilla_ms": statistics.median(took[VANILLA]) * 1e3}
+            row |= {f"{arm} %": 100 * (ratios(took, arm) - 1) for arm in took if arm != VANILLA}
+            if LORA in took and MEMORY in took:
+                row["lora / memory"] = ratios(took, LORA, MEMORY)
+            result.append(row)
+    return result
+
+
+def main() -> None:
+    """Start the arms, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--prompts", default="128,2048")
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--dtype", default="bfloat16")
+    given = parser.parse_args()
+    options: dict[str, Any] = {"dtype": given.dtype, "max_model_len": 4096, "max_num_seqs": 16, "seed": 0}
+    if given.eager:
+        options["enforce_eager"] = True
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        known = setups(Path(folder), QWEN3_0_6B, options)
+        arms = {name: stack.enter_context(Arm(name, known[name])) for name in given.arms.split(",")}
+        console.print({name: arm.facts() for name, arm in arms.items()})
+        batches, prompts = ([int(x) for x in text.split(",") if x] for text in (given.batches, given.prompts))
+        measured = measure(arms, QWEN3_0_6B, batches, prompts, given.tokens, given.rounds)
+    found = rows(measured)
+    table = Table(*found[0])
+    for row in found:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else value for value in row.values()))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
