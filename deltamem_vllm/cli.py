@@ -6,6 +6,7 @@ import typer
 
 from deltamem_vllm.adapter import commands as adapter
 from deltamem_vllm.audit import commands as audit
+from deltamem_vllm.report.commands import report
 from deltamem_vllm.server import commands as keys
 from deltamem_vllm.store import commands as store
 
@@ -14,6 +15,7 @@ app.add_typer(adapter.app, name="adapter")
 app.add_typer(audit.app, name="audit")
 app.add_typer(keys.app, name="keys")
 app.add_typer(store.app, name="store")
+app.command()(report)
 
 
 @app.callback()

@@ -11,11 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import random
-import statistics
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from deltamem_vllm.report.arm import Arm, Setup
+from deltamem_vllm.report.compare import Figure, Took, first, milliseconds, per_token, ratio, take_turns
 from deltamem_vllm.report.random import QWEN3_0_6B, Size, write_adapter, write_lora, write_model
 
 VANILLA, MEMORY, AGAIN, LORA, LOOP = "vanilla", "memory", "vanilla again", "lora r8 on q,o", "plain torch loop"
 ARMS = (VANILLA, MEMORY, AGAIN, LORA, LOOP)
 CONTEXT = 64
-"""Tokens before those whose time per token is measured."""
-
-
-@dataclass
-class Measured:
-    """Seconds by what was measured, arm and round."""
-
-    decode: dict[int, dict[str, list[float]]] = field(default_factory=dict)
-    prompt: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+"""Tokens of the prompts behind which time per token is measured."""
 
 
 def setups(folder: Path, size: Size, options: dict[str, Any]) -> dict[str, Setup]:
@@ -56,50 +45,26 @@ def setups(folder: Path, size: Size, options: dict[str, Any]) -> dict[str, Setup
 
 
 def measure(
-    arms: dict[str, Arm], size: Size, batches: list[int], prompts: list[int], tokens: int, rounds: int
-) -> Measured:
-    """Let the arms take turns."""
-    measured, dice = Measured(), random.Random(0)
-
-    def ids(count: int) -> list[int]:
-        return [dice.randrange(3, size.vocabulary) for _ in range(count)]
-
-    def turns(work: Callable[[Arm], float]) -> dict[str, list[float]]:
-        took: dict[str, list[float]] = {name: [] for name in arms}
-        for round_ in range(rounds + 1):
-            names = list(arms)
-            shift = round_ % len(names)
-            for name in names[shift:] + names[:shift]:
-                seconds = work(arms[name])
-                if round_:  # the first only warms up
-                    took[name].append(seconds)
-        return took
-
-    for batch in batches:
-        batched = [ids(CONTEXT) for _ in range(batch)]
-        measured.decode[batch] = turns(lambda arm: statistics.median(arm.time(batched, tokens).gaps))  # noqa: B023
-    for length in prompts:
-        prompt = ids(length)
-        measured.prompt[length] = turns(lambda arm: arm.time([prompt], 1).first)  # noqa: B023
-    return measured
-
-
-def ratios(took: dict[str, list[float]], arm: str, to: str = VANILLA) -> float:
-    """Median over rounds of one arm's seconds divided by another's."""
-    return statistics.median(a / b for a, b in zip(took[arm], took[to], strict=True))
-
-
-def rows(measured: Measured) -> list[dict[str, Any]]:
+    arms: dict[str, Arm], vocabulary: int, batches: list[int], prompts: list[int], tokens: int, rounds: int
+) -> list[dict[str, Any]]:
     """One row per measurement: milliseconds of vanilla, percent of each other arm, LoRA's ratio to ours."""
-    result = []
-    for kind, each in (("TPOT, B=", measured.decode), ("TTFT, tokens=", measured.prompt)):
-        for number, took in each.items():
-            row: dict[str, Any] = {"what": f"{kind}{number}", "vanilla_ms": statistics.median(took[VANILLA]) * 1e3}
-            row |= {f"{arm} %": 100 * (ratios(took, arm) - 1) for arm in took if arm != VANILLA}
-            if LORA in took and MEMORY in took:
-                row["lora / memory"] = ratios(took, LORA, MEMORY)
-            result.append(row)
-    return result
+    found = []
+    for batch in batches:
+        took = take_turns(arms, batch, CONTEXT, tokens, vocabulary, rounds)
+        found.append(row(f"TPOT, B={batch}", took, per_token))
+    for length in prompts:
+        took = take_turns(arms, 1, length, 1, vocabulary, rounds)
+        found.append(row(f"TTFT, {length} tokens", took, first))
+    return found
+
+
+def row(what: str, took: Took, figure: Figure) -> dict[str, Any]:
+    """A measurement as plain values."""
+    values: dict[str, Any] = {"what": what, "vanilla ms": milliseconds(took[VANILLA], figure)}
+    values |= {f"{arm} %": 100 * (ratio(took, figure, arm, VANILLA) - 1) for arm in took if arm != VANILLA}
+    if LORA in took and MEMORY in took:
+        values["lora / memory"] = ratio(took, figure, LORA, MEMORY)
+    return values
 
 
 def main() -> None:
@@ -122,8 +87,7 @@ def main() -> None:
         arms = {name: stack.enter_context(Arm(name, known[name])) for name in given.arms.split(",")}
         console.print({name: arm.facts() for name, arm in arms.items()})
         batches, prompts = ([int(x) for x in text.split(",") if x] for text in (given.batches, given.prompts))
-        measured = measure(arms, QWEN3_0_6B, batches, prompts, given.tokens, given.rounds)
-    found = rows(measured)
+        found = measure(arms, QWEN3_0_6B.vocabulary, batches, prompts, given.tokens, given.rounds)
     table = Table(*found[0])
     for row in found:
         table.add_row(*(f"{value:.2f}" if isinstance(value, float) else value for value in row.values()))

@@ -25,6 +25,10 @@ from types import TracebackType
 from typing import Any
 
 from deltamem_vllm.errors import DeltaMemError
+from deltamem_vllm.server.tenants import DEFAULT_TENANT
+from deltamem_vllm.store.codec import encode
+from deltamem_vllm.store.protocol import SessionKey
+from deltamem_vllm.store.url import open_store
 
 START_SECONDS = 900.0
 """An engine that compiles a large model may take so long to start."""
@@ -99,7 +103,8 @@ class Arm:
     def time(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing:
         """Run a batch of prompts (token ids), generate so many tokens for each, and time it.
 
-        With an adapter request i writes session ``i``, a new window each time.
+        Gaps are counted from the step on in which all requests have a token. With an adapter request i writes session
+        ``i``, a new window each time.
 
         Raises:
             ArmError: the engine failed, or a commit did.
@@ -108,9 +113,9 @@ class Arm:
         return timing
 
     def facts(self) -> dict[str, Any]:
-        """Sizes of the running engine: bytes of its KV cache and of weights, and process memory; see `Served.facts`."""
+        """See `Served.facts`; and ``peak_bytes``: most memory that the engine's processes have held, added up."""
         found: dict[str, Any] = self._call("facts")
-        return found
+        return {**found, "peak_bytes": sum(_peak(pid) for pid in _group(self._process.pid))}
 
     def close(self) -> None:
         """End the engine and everything it started."""
@@ -147,6 +152,25 @@ class Arm:
         return "\n--- its log ends:\n" + "\n".join(log[-lines:])
 
 
+def _group(leader: int) -> list[int]:
+    """Processes of a process group."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ProcessLookupError):
+            if os.getpgid(int(entry.name)) == leader:
+                found.append(int(entry.name))
+    return found
+
+
+def _peak(pid: int) -> int:
+    """Most bytes that a process has held in memory at once; 0 if it is gone."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 class Served:
     """The engine's side of the pipe."""
 
@@ -154,11 +178,12 @@ class Served:
         self.sessions: Any = None
         self.llm: Any = None
         self.lora: Any = None
+        self._store = ""
         self._names = 0
 
     def start(self, setup: Setup, store: str) -> None:
         """Start the engine."""
-        options = dict(setup.options)
+        options, self._store = dict(setup.options), store
         if setup.lora is not None:
             from vllm.lora.request import LoRARequest
 
@@ -207,13 +232,23 @@ class Served:
         return Timing(first, [b - a for a, b in itertools.pairwise(moments)], commit)
 
     def facts(self) -> dict[str, Any]:
-        """Sizes: bytes of one session, of a KV-cache block and its share of state pages, and of this process."""
+        """The engine's settings, and what its sizes came to: tokens that its KV cache holds, and bytes of one session's
+        record in the store (None without sessions)."""
         config = self.llm.llm_engine.vllm_config
+        record = None
+        if self.sessions is not None:
+            with contextlib.closing(open_store(self._store)) as store:
+                kept = store.get(SessionKey(DEFAULT_TENANT, "0"))
+            record = None if kept is None else len(encode(kept))
         return {
+            "model": config.model_config.model,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "vocabulary": config.model_config.get_vocab_size(),
+            "layers": config.model_config.hf_text_config.num_hidden_layers,
             "block_size": config.cache_config.block_size,
-            "compilation": str(config.compilation_config.mode).rpartition(".")[2],
-            "kv_blocks": config.cache_config.num_gpu_blocks,
+            "kv_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,
+            "compilation": config.compilation_config.mode.name,
+            "record_bytes": record,
         }
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
 """Random weights: a Qwen3 of any size, a δ-mem adapter and a LoRA adapter for it, as folders.
 
-Speed does not depend on what the weights say, so sizes can be measured for which there is no checkpoint here. vLLM makes
-the model's own weights itself (``load_format="dummy"``); nothing of it is written but its configuration.
+Speed does not depend on what the weights say, so sizes can be measured for which there is no checkpoint here. vLLM
+makes the model's own weights itself (``load_format="dummy"``); nothing of it is written but its configuration.
 """
 
 from __future__ import annotations
@@ -85,7 +85,13 @@ def write_lora(folder: Path, backbone: BackboneShape, rank: int = 8) -> Path:
             prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             tensors[f"{prefix}.lora_A.weight"] = 0.02 * torch.randn(rank, inputs, generator=generator)
             tensors[f"{prefix}.lora_B.weight"] = 0.02 * torch.randn(outputs, rank, generator=generator)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj", "o_proj"], "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj", "o_proj"],
+        "bias": "none",
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(tensors, folder / "adapter_model.safetensors")
