@@ -1,4 +1,5 @@
-"""Delta-rule operators: ns per token and layer of each implementation, alternated, after a check against fp32.
+"""Delta-rule operators on this CPU: activation and scan per token and layer, and what a decode step costs, by
+instruction set and threads; after a check against fp32, arms alternated.
 
 python -m loadtests.kernels [--tokens 2048] [--repeats 7]
 """
@@ -6,6 +7,9 @@ python -m loadtests.kernels [--tokens 2048] [--repeats 7]
 import argparse
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,35 +22,52 @@ from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
 
 BLOCK = 32
 TOLERANCE = 5e-6
+ISAS = ("avx512", "avx2", "portable")
+#: Requests of a decode step.
+DECODES = (1, 8, 64)
+#: Tokens of the naive loop: it takes tens of microseconds for each.
+NAIVE_TOKENS = 64
 
 
 class Case:
-    """One request of ``tokens`` tokens on pages of its own."""
+    """``requests`` requests of ``tokens`` tokens each, on pages of their own."""
 
-    def __init__(self, shape: MemoryShape, tokens: int) -> None:
+    def __init__(self, shape: MemoryShape, tokens: int, requests: int = 1) -> None:
         torch.manual_seed(0)
         blocks = -(-tokens // BLOCK)
-        self.shape, self.tokens = shape, tokens
-        self.projected = torch.randn(tokens, shape.projected_columns)
+        self.shape, self.tokens, self.requests = shape, tokens, requests
+        self.projected = torch.randn(requests * tokens, shape.projected_columns)
         self.bias = torch.full((shape.bias_columns,), -2.5)
-        self.pages = torch.zeros(blocks, shape.page_floats(BLOCK))
-        self.table = torch.arange(blocks, dtype=torch.int32).view(1, -1)
-        self.limits = torch.full((blocks,), WRITE_ALL, dtype=torch.int32)
-        self.unwritten = torch.zeros((blocks, mask_words(BLOCK)), dtype=torch.int32)
-        self.reads = torch.empty(tokens, shape.width)
+        self.pages = torch.zeros(requests * blocks, shape.page_floats(BLOCK))
+        self.reads = torch.empty(requests * tokens, shape.width)
+        limits = torch.full((requests * blocks,), WRITE_ALL, dtype=torch.int32)
+        unwritten = torch.zeros((requests * blocks, mask_words(BLOCK)), dtype=torch.int32)
+        table = torch.arange(requests * blocks, dtype=torch.int32).view(requests, -1)
+
+        def batch(rows: int, length: int) -> Batch:
+            starts = torch.arange(requests + 1, dtype=torch.int32) * rows
+            return Batch(table, starts, torch.full_like(starts[1:], length), limits, unwritten, BLOCK, requests)
+
+        self._all, self._last = batch(tokens, tokens), batch(1, tokens - BLOCK // 2 + 1)
+        self._rows, self._row_reads = self.projected[:requests], self.reads[:requests]
+        self._log = torch.empty(requests * tokens, shape.log_columns)
 
     def prefill(self, ops: PagedOps) -> None:
         """All tokens in one step."""
-        self._step(ops, 0, self.tokens)
+        ops.page_scan(self.shape, self.projected, self.bias, self.pages, self._all, self.reads)
 
     def decode(self, ops: PagedOps) -> None:
-        """The last token alone, as a decode step sees it: half a block to replay before it."""
-        self._step(ops, self.tokens - BLOCK // 2, self.tokens - BLOCK // 2 + 1)
+        """One token per request, with half a block to replay before it."""
+        ops.page_scan(self.shape, self._rows, self.bias, self.pages, self._last, self._row_reads)
 
-    def _step(self, ops: PagedOps, start: int, stop: int) -> None:
-        rows, length = torch.tensor([0, stop - start], dtype=torch.int32), torch.tensor([stop], dtype=torch.int32)
-        batch = Batch(self.table, rows, length, self.limits, self.unwritten, BLOCK, 1)
-        ops.page_scan(self.shape, self.projected[start:stop], self.bias, self.pages, batch, self.reads)
+    def activate(self) -> None:
+        """The native activation of all tokens, without a scan."""
+        torch.ops.deltamem_native.activate(self.projected, self.bias, self.reads, self._log, self.shape.packed)
+
+    def naive(self) -> None:
+        """The official algorithm: activation in one go, then a loop over tokens in torch."""
+        activated = reference.activate(self.shape, self.projected, self.bias)
+        reference.scan(self.shape, *activated, torch.zeros(self.shape.heads, self.shape.rank, self.shape.rank))
 
 
 def check(case: Case, ops: PagedOps) -> float:
@@ -56,42 +77,104 @@ def check(case: Case, ops: PagedOps) -> float:
     expected, _ = reference.scan(case.shape, *activated, state)
     case.reads.fill_(float("nan"))
     case.prefill(ops)
-    return float((case.reads - expected).abs().max())
+    difference = (case.reads - expected).abs()
+    return float(difference.max()) if bool(difference.isfinite().all()) else float("inf")
 
 
-def main() -> None:
-    """Check, then measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    native, slow = select("cpu", "native"), select("cpu", "torch")
-    table = Table("rank", "heads", "native prefill ns/token", "native decode step µs", "torch prefill ns/token")
+@contextmanager
+def running(isa: str, threads: int) -> Iterator[None]:
+    """The native build for one instruction set, on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.ops.deltamem_native.force_isa(isa)
+    try:
+        yield
+    finally:
+        torch.ops.deltamem_native.force_isa("")
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()  # as the engine calls the operators
+def measure(tokens: int = 2048, repeats: int = 7, threads: tuple[int, ...] = (1, 2)) -> list[dict[str, Any]]:
+    """Medians of ``repeats`` rounds in which all arms of a shape alternate.
+
+    Returns:
+        A row per shape and arm. Native ones: implementation ``native``, isa, threads, rank, heads; prefill_ns,
+        activation_ns (one thread) and scan_ns (the difference; None on more threads) per token and layer; and
+        decode_1_us, decode_8_us, decode_64_us per step of so many requests and layer. The other arm: implementation
+        ``naive torch loop``, threads 1, rank, heads and prefill_ns.
+
+    Raises:
+        SystemExit: an implementation differs from the reference: nothing is measured.
+    """
+    native = select("cpu", "native")
+    isas = [isa for isa in ISAS if torch.ops.deltamem_native.force_isa(isa)]
+    torch.ops.deltamem_native.force_isa("")
+    rows: list[dict[str, Any]] = []
     for rank, heads in ((8, 1), (8, 4), (16, 1)):
         shape = MemoryShape(
             rank=rank, heads=heads, rankwise_gates=True, couple_lambda=True, update_mode="standard", normalize_qk=True
         )
-        case = Case(shape, args.tokens)
-        for ops in (native, slow):
-            if (worst := check(case, ops)) > TOLERANCE:
-                raise SystemExit(f"{ops.name} differs from the reference by {worst:.1e}: nothing is measured")
-        prefill, decode, torch_prefill = [], [], []
-        for _ in range(args.repeats):  # arms alternate, so that both see the same machine
-            prefill.append(_seconds(lambda case=case: case.prefill(native)) / args.tokens * 1e9)
-            torch_prefill.append(_seconds(lambda case=case: case.prefill(slow)) / args.tokens * 1e9)
-            decode.append(_seconds(lambda case=case: [case.decode(native) for _ in range(200)]) / 200 * 1e6)
-        row = (f"{statistics.median(x):.{d}f}" for x, d in ((prefill, 0), (decode, 1), (torch_prefill, 0)))
-        table.add_row(str(rank), str(heads), *row)
-    console = Console()
-    console.print(f"{native.description}, one thread, {args.tokens} tokens, median of {args.repeats}, one layer")
-    console.print(table)
+        case, naive = Case(shape, tokens), Case(shape, NAIVE_TOKENS)
+        decodes = {n: Case(shape, 2 * BLOCK, n) for n in DECODES}
+        arms = [(isa, n) for isa in isas for n in threads]
+        for isa, n in arms:
+            with running(isa, n):
+                if not (worst := check(case, native)) <= TOLERANCE:
+                    raise SystemExit(f"native ({isa}) differs from the reference by {worst:.1e}: nothing is measured")
+                for each in decodes.values():
+                    each.prefill(native)
+        times: dict[tuple[Any, ...], list[float]] = {}
+        for _ in range(repeats):
+            for isa, n in arms:
+                with running(isa, n):
+                    _time(times, (isa, n, "prefill_ns"), lambda: case.prefill(native), 1, tokens / 1e9)  # noqa: B023
+                    _time(times, (isa, n, "activation_ns"), case.activate, 1, tokens / 1e9)
+                    for count, each in decodes.items():
+                        _time(times, (isa, n, f"decode_{count}_us"), lambda each=each: each.decode(native), 200, 1e-6)
+            with running("", 1):
+                _time(times, ("naive",), naive.naive, 1, NAIVE_TOKENS / 1e9)
+        for isa, n in arms:
+            row = {"implementation": "native", "isa": isa, "threads": n, "rank": rank, "heads": heads}
+            row |= {key[2]: statistics.median(values) for key, values in times.items() if key[:2] == (isa, n)}
+            rows.append({**row, "scan_ns": row["prefill_ns"] - row["activation_ns"] if n == 1 else None})
+        rows.append({
+            "implementation": "naive torch loop", "isa": None, "threads": 1, "rank": rank, "heads": heads,
+            "prefill_ns": statistics.median(times["naive",]),
+        })  # fmt: skip
+    return rows
 
 
-def _seconds(work: object) -> float:
+def _time(
+    times: dict[tuple[Any, ...], list[float]], key: tuple[Any, ...], work: Callable[[], None], calls: int, unit: float
+) -> None:
     start = time.perf_counter()
-    work()  # type: ignore[operator]
-    return time.perf_counter() - start
+    for _ in range(calls):
+        work()
+    times.setdefault(key, []).append((time.perf_counter() - start) / calls / unit)
+
+
+def main() -> None:
+    """Check, then measure, then print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    rows = measure(args.tokens, args.repeats)
+    table = Table("arm", "threads", "rank", "heads", "prefill", "activation", "scan", *(f"decode {n}" for n in DECODES))
+    for row in rows:
+        ns = (
+            "" if row.get(name) is None else f"{row[name]:,.1f}" for name in ("prefill_ns", "activation_ns", "scan_ns")
+        )
+        us = (f"{row[name]:.1f}" if (name := f"decode_{n}_us") in row else "" for n in DECODES)
+        arm = row["implementation"] if row["isa"] is None else f"native ({row['isa']})"
+        table.add_row(arm, str(row["threads"]), str(row["rank"]), str(row["heads"]), *ns, *us)
+    console = Console()
+    console.print(
+        f"ns per token and layer over {args.tokens} tokens; µs per decode step of 1, 8 and 64 requests and layer, half a "
+        f"block to replay; median of {args.repeats}"
+    )
+    console.print(table)
 
 
 if __name__ == "__main__":

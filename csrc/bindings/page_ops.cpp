@@ -2,13 +2,14 @@
 //
 // Everything is checked here, before a kernel changes anything: shapes, dtypes, and every index the step will use.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "../cpu/delta_rule.h"
+#include "../cpu/plan.h"
 #include "checks.h"
 
 namespace {
@@ -21,10 +22,13 @@ void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initia
   check_shape(name, tensor, dtype, sizes);
 }
 
-deltamem::Shape make_shape(int64_t rank, int64_t heads, bool rankwise, bool couple, int64_t mode, bool normalize) {
-  require(rank >= 1 && heads >= 1, "rank and heads must be at least 1, got ", rank, " and ", heads);
-  require(mode >= 0 && mode <= 2, "unknown update mode ", mode);
-  return {rank, heads, rankwise, couple, normalize, static_cast<deltamem::Mode>(mode)};
+// The six settings in one number, which costs a call less than six arguments; `MemoryShape.packed` writes it.
+deltamem::Shape make_shape(int64_t packed) {
+  const int64_t rank = packed & 0xffff, heads = packed >> 16 & 0xffff, mode = packed >> 32 & 3;
+  require(packed >= 0 && packed >> 37 == 0 && rank >= 1 && heads >= 1 && mode <= 2,
+          "shape: not a packed MemoryShape: ", packed);
+  const auto flag = [&](int bit) { return (packed >> bit & 1) != 0; };
+  return {rank, heads, flag(34), flag(35), flag(36), static_cast<deltamem::Mode>(mode)};
 }
 
 deltamem::Pages make_pages(const deltamem::Shape& shape, const Tensor& pages, int64_t block_size) {
@@ -46,21 +50,24 @@ deltamem::Dtype dtype_of(const Tensor& projected) {
   }
 }
 
-float* workspace(const deltamem::Shape& shape) {
-  static thread_local std::vector<float> floats;
-  if (static_cast<int64_t>(floats.size()) < shape.workspace_floats()) floats.resize(shape.workspace_floats());
-  return floats.data();
+// Scratch of this thread, at the start of a cache line.
+float* workspace(int64_t floats) {
+  static thread_local std::vector<float> room;
+  if (static_cast<int64_t>(room.size()) < floats + 16) room.resize(floats + 16);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
 }
 
-// Requests by ascending context, those without tokens anywhere. A request that shares a full page with one that writes
-// it in this same step (a prefix-cache hit on it) starts behind the writer's start.
-const int32_t* order_of(const int32_t* query_start_loc, const int32_t* seq_lens, int64_t num_reqs) {
-  static thread_local std::vector<int32_t> order;
-  order.resize(num_reqs);
-  for (int64_t i = 0; i < num_reqs; i++) order[i] = static_cast<int32_t>(i);
-  const auto context = [&](int32_t i) { return seq_lens[i] - (query_start_loc[i + 1] - query_start_loc[i]); };
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return context(a) < context(b); });
-  return order.data();
+// On torch's own threads.
+void in_parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; slot++) body(context, slot);
+  });
+}
+
+void check_projected(const deltamem::Shape& shape, const Tensor& projected) {
+  check("projected", projected, projected.scalar_type(), {-1, shape.projected_columns()});
+  require(projected.size(0) == 0 || projected.stride(1) == 1,
+          "projected: the columns of a row must be contiguous, got stride ", projected.stride(1));
 }
 
 // Every index that the kernel will follow; throws before anything has changed.
@@ -87,11 +94,10 @@ void check_requests(const deltamem::ScanArgs& args, int64_t tokens, int64_t num_
 void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages, const Tensor& block_table,
                const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& write_limit,
                const Tensor& unwritten, const Tensor& reads,
-               int64_t block_size, int64_t num_reqs, int64_t rank, int64_t heads, bool rankwise, bool couple,
-               int64_t mode, bool normalize) {
-  const deltamem::Shape shape = make_shape(rank, heads, rankwise, couple, mode, normalize);
+               int64_t block_size, int64_t num_reqs, int64_t packed_shape) {
+  const deltamem::Shape shape = make_shape(packed_shape);
   const deltamem::Dtype dtype = dtype_of(projected);
-  check("projected", projected, projected.scalar_type(), {-1, shape.projected_columns()});
+  check_projected(shape, projected);
   check("bias", bias, ScalarType::Float, {shape.gate_columns()});
   check("block_table", block_table, ScalarType::Int, {-1, -1});
   check("query_start_loc", query_start_loc, ScalarType::Int, {-1});
@@ -100,8 +106,7 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
   require(block_size >= 1, "block_size must be at least 1, got ", block_size);
   check("unwritten", unwritten, ScalarType::Int, {pages.size(0), (block_size + 31) / 32});
   check("reads", reads, ScalarType::Float, {-1, shape.width()});
-  require(projected.is_contiguous() && bias.is_contiguous() && reads.is_contiguous(),
-          "page_scan: projected, bias and reads must be contiguous");
+  require(bias.is_contiguous() && reads.is_contiguous(), "page_scan: bias and reads must be contiguous");
   require(query_start_loc.is_contiguous() && seq_lens.is_contiguous() && write_limit.is_contiguous() &&
               unwritten.is_contiguous() && (block_table.stride(1) == 1 || block_table.size(1) < 2),
           "page_scan: query_start_loc, seq_lens, write_limit, unwritten and the rows of block_table must be contiguous");
@@ -112,29 +117,43 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
           "page_scan: ", num_reqs, " requests, but query_start_loc has ", query_start_loc.size(0), " entries, seq_lens ",
           seq_lens.size(0), " and block_table ", block_table.size(0), " rows");
 
-  const deltamem::ScanArgs args = {projected.data_ptr(), dtype, data<float>(bias), make_pages(shape, pages, block_size),
-                                   data<int32_t>(block_table), block_table.stride(0), data<int32_t>(query_start_loc),
-                                   data<int32_t>(seq_lens), data<int32_t>(write_limit),
-                                   data<uint32_t>(unwritten),
-                                   static_cast<float*>(reads.data_ptr()), reads.size(0), num_reqs,
-                                   order_of(data<int32_t>(query_start_loc), data<int32_t>(seq_lens), num_reqs),
-                                   workspace(shape)};
+  const deltamem::ScanArgs args = {projected.data_ptr(), projected.stride(0), dtype, data<float>(bias),
+                                   make_pages(shape, pages, block_size), data<int32_t>(block_table),
+                                   block_table.stride(0), data<int32_t>(query_start_loc), data<int32_t>(seq_lens),
+                                   data<int32_t>(write_limit), data<uint32_t>(unwritten),
+                                   static_cast<float*>(reads.data_ptr()), reads.size(0), num_reqs};
   check_requests(args, tokens, pages.size(0), block_table.size(1));
-  deltamem::kernels().page_scan(shape, args);
+  const deltamem::Plan plan = deltamem::make_plan(shape, args, pages.size(0), torch::stable::get_num_threads());
+  deltamem::kernels().page_scan(shape, args, plan, in_parallel,
+                                workspace(deltamem::workspace_floats(shape, plan, tokens)));
+}
+
+void activate(const Tensor& projected, const Tensor& bias, const Tensor& q, const Tensor& log, int64_t packed_shape) {
+  const deltamem::Shape shape = make_shape(packed_shape);
+  const deltamem::Dtype dtype = dtype_of(projected);
+  check_projected(shape, projected);
+  check("bias", bias, ScalarType::Float, {shape.gate_columns()});
+  check("q", q, ScalarType::Float, {projected.size(0), shape.width()});
+  check("log", log, ScalarType::Float, {projected.size(0), shape.log_columns()});
+  require(bias.is_contiguous() && q.is_contiguous() && log.is_contiguous(), "activate: bias, q and log must be contiguous");
+  const deltamem::ActivateArgs args = {projected.data_ptr(), projected.stride(0), dtype, data<float>(bias),
+                                       projected.size(0), static_cast<float*>(q.data_ptr()),
+                                       static_cast<float*>(log.data_ptr()), workspace(deltamem::thread_floats(shape))};
+  deltamem::kernels().activate(shape, args);
 }
 
 void page_state(const Tensor& pages, const Tensor& block_ids, const Tensor& counts, const Tensor& out,
-                int64_t block_size, int64_t rank, int64_t heads, bool rankwise, bool couple, int64_t mode,
-                bool normalize) {
-  const deltamem::Shape shape = make_shape(rank, heads, rankwise, couple, mode, normalize);
+                int64_t block_size, int64_t packed_shape) {
+  const deltamem::Shape shape = make_shape(packed_shape);
   check("block_ids", block_ids, ScalarType::Int, {-1});
   const int64_t n = block_ids.size(0);
   check("counts", counts, ScalarType::Int, {n});
-  check("out", out, ScalarType::Float, {n, heads, rank, rank});
+  check("out", out, ScalarType::Float, {n, shape.heads, shape.rank, shape.rank});
   require(block_ids.is_contiguous() && counts.is_contiguous() && out.is_contiguous(),
           "page_state: block_ids, counts and out must be contiguous");
   const deltamem::StateArgs args = {make_pages(shape, pages, block_size), data<int32_t>(block_ids),
-                                    data<int32_t>(counts), n, static_cast<float*>(out.data_ptr()), workspace(shape)};
+                                    data<int32_t>(counts), n, static_cast<float*>(out.data_ptr()),
+                                    workspace(deltamem::thread_floats(shape))};
   for (int64_t i = 0; i < n; i++)
     require(args.block_ids[i] >= 0 && args.block_ids[i] < pages.size(0) && args.counts[i] >= 0 &&
                 args.counts[i] <= block_size,
@@ -152,11 +171,12 @@ bool force_isa(std::string isa) { return deltamem::force_isa(isa.c_str()); }
 STABLE_TORCH_LIBRARY(deltamem_native, m) {
   m.def(
       "page_scan(Tensor projected, Tensor bias, Tensor(a!) pages, Tensor block_table, Tensor query_start_loc, "
-      "Tensor seq_lens, Tensor write_limit, Tensor unwritten, Tensor(b!) reads, int block_size, int num_reqs, int rank, int heads, "
-      "bool rankwise, bool couple, int mode, bool normalize) -> ()");
+      "Tensor seq_lens, Tensor write_limit, Tensor unwritten, Tensor(b!) reads, int block_size, int num_reqs, "
+      "int shape) -> ()");
   m.def(
-      "page_state(Tensor pages, Tensor block_ids, Tensor counts, Tensor(a!) out, int block_size, int rank, int heads, "
-      "bool rankwise, bool couple, int mode, bool normalize) -> ()");
+      "page_state(Tensor pages, Tensor block_ids, Tensor counts, Tensor(a!) out, int block_size, int shape) -> ()");
+  // For measurements and tests of the activation alone.
+  m.def("activate(Tensor projected, Tensor bias, Tensor(a!) q, Tensor(b!) log, int shape) -> ()");
   m.def("isa() -> str");
   m.def("force_isa(str isa) -> bool");  // for tests: every build must pass on a machine that can run it
 }
@@ -164,6 +184,7 @@ STABLE_TORCH_LIBRARY(deltamem_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CPU, m) {
   m.impl("page_scan", TORCH_BOX(&page_scan));
   m.impl("page_state", TORCH_BOX(&page_state));
+  m.impl("activate", TORCH_BOX(&activate));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CompositeExplicitAutograd, m) {

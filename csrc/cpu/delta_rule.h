@@ -24,14 +24,35 @@ struct Shape {
   int64_t projected_columns() const { return 3 * width() + gate_columns(); }
   int64_t log_columns() const { return 2 * width() + gate_columns(); }
   int64_t state_floats() const { return heads * rank * rank; }
-  // Scratch floats that one call needs: the state, one projected row in fp32 and one tile of q.
-  int64_t workspace_floats() const;
 };
 
-// Tokens activated at a time; their q fits the first-level cache.
+// Tokens activated at a time; what is made of them stays in the first-level cache. A tile's idle tokens fit 32 bits.
 constexpr int64_t kTile = 32;
+// Floats behind a packed array that a whole register may touch.
+constexpr int64_t kPad = 16;
 
-inline int64_t Shape::workspace_floats() const { return state_floats() + projected_columns() + kTile * width(); }
+// Scratch floats of one thread: a state, a tile's q and the activation's own.
+inline int64_t thread_floats(const Shape& shape) {
+  const int64_t tile = shape.width() + 2 * shape.width() + shape.gate_columns() + 2 * shape.heads;
+  return (shape.state_floats() + kTile * tile + 4 * kPad + 15) / 16 * 16;
+}
+
+// How a step is cut over threads. Every cut gives the same bits.
+enum class Cut {
+  none,      // one thread
+  requests,  // a thread takes a request at a time: none resumes from a page that another one begins in this step
+  tokens,    // first all tokens are activated, in pieces, then a thread takes a head of a request at a time
+};
+
+struct Plan {
+  Cut cut;
+  int64_t threads;
+  bool independent;      // no request resumes from a page that another one begins in this step
+  const int32_t* order;  // [num_reqs] requests; if they are not independent: whoever begins a page before who uses it
+};
+
+// body(context, slot) for each slot < count, at the same time where that is possible.
+using Parallel = void (*)(int64_t count, void (*body)(void* context, int64_t slot), void* context);
 
 struct Pages {
   float* data;
@@ -45,8 +66,9 @@ struct Pages {
 };
 
 struct ScanArgs {
-  const void* projected;  // [T, projected_columns]
-  Dtype dtype;            // of projected
+  const void* projected;     // [T, projected_columns]
+  int64_t projected_stride;  // elements from one token's row to the next
+  Dtype dtype;               // of projected
   const float* bias;      // [gate_columns]
   Pages pages;
   const int32_t* block_table;
@@ -57,8 +79,22 @@ struct ScanArgs {
   const uint32_t* unwritten;   // [blocks, ceil(N / 32)]; a bit that is set: that token of the block is only read
   float* reads;                // [num_rows, width]
   int64_t num_rows, num_reqs;
-  const int32_t* order;  // [num_reqs] requests by ascending context: whoever writes a shared page runs first
-  float* workspace;      // workspace_floats
+};
+
+// Floats of workspace that a step needs; T: its tokens.
+inline int64_t workspace_floats(const Shape& shape, const Plan& plan, int64_t tokens) {
+  return plan.threads * thread_floats(shape) + (plan.cut == Cut::tokens ? tokens * shape.width() : 0);
+}
+
+// Only the activation, for measurements and tests of it alone.
+struct ActivateArgs {
+  const void* projected;
+  int64_t projected_stride;
+  Dtype dtype;
+  const float* bias;
+  int64_t tokens;
+  float *q, *log;    // [T, width], [T, log_columns]
+  float* workspace;  // thread_floats
 };
 
 struct StateArgs {
@@ -67,14 +103,15 @@ struct StateArgs {
   const int32_t* counts;
   int64_t n;
   float* out;        // [n, H, r, r]
-  float* workspace;  // workspace_floats
+  float* workspace;  // thread_floats
 };
 
 // One build of the kernels for one instruction set. Every index must have been checked by the caller.
 struct Kernels {
   const char* isa;
-  void (*page_scan)(const Shape&, const ScanArgs&);
+  void (*page_scan)(const Shape&, const ScanArgs&, const Plan&, Parallel, float* workspace);
   void (*page_state)(const Shape&, const StateArgs&);
+  void (*activate)(const Shape&, const ActivateArgs&);
 };
 
 // The build in use: the best that this CPU can run, unless a test has forced another.

@@ -2,222 +2,208 @@
 //
 // No function here may be shared between builds: everything but the table is local, and no standard container is used,
 // because the linker would keep one copy of a shared inline function and run AVX-512 code on a CPU without it.
-//
-// The state is kept transposed while a request runs: lane = state row (value), so that S q and S k are sums of
-// columns, a gate is a lane-wise factor and no sum crosses lanes. Replay and scan are one loop, hence the same bits.
+#include "activation.h"
 #include "delta_rule.h"
-#include "vec.h"
+#include "spans.h"
 
 namespace deltamem {
 namespace DELTAMEM_ISA {
 namespace {
 
-// What a state row keeps, erases and takes: S' = keep S + (take v - erase p) k^T. One gate, one row.
-struct Coefficients {
-  float keep, erase, take;
+// base [value, key] <-> state [key, value] of one head
+void transpose(int64_t r, const float* from, float* to) {
+  for (int64_t i = 0; i < r; i++)
+    for (int64_t j = 0; j < r; j++) to[i * r + j] = from[j * r + i];
+}
+
+// One request's part of a step.
+struct Request {
+  const int32_t* blocks;
+  int64_t token, stop, position, limit;  // rows token ... stop-1 of projected; position: of the first
 };
-inline Coefficients coefficients(const Shape& shape, float beta, const float* lambda) {
-  if (shape.mode == Mode::no_lambda) return {1.0f, beta, beta};
-  const float lam = lambda ? *lambda : 1.0f - beta;
-  return {lam, shape.mode == Mode::standard ? beta : lam * beta, beta};
+
+// False for a request that has no tokens or no memory.
+bool find(const ScanArgs& args, int64_t i, Request& request) {
+  const int64_t token = args.query_start_loc[i], stop = args.query_start_loc[i + 1];
+  if (stop <= token) return false;
+  const int32_t* blocks = args.block_table + i * args.table_stride;
+  request = {blocks, token, stop, args.seq_lens[i] - (stop - token), args.write_limit[blocks[0]]};
+  return request.limit >= 0;
 }
 
-// n tokens of one head: read (if q), then write. state: [key][value], in and out.
-using Span = void (*)(const Shape&, int64_t head, int64_t n, const float* q, const float* log, float* reads, float* state);
+// What every thread of a step shares.
+struct Step {
+  const Shape& shape;
+  const ScanArgs& args;
+  const Plan& plan;
+  float* workspace;
+  Span span;
+  Activate activate;
+  int64_t taken;  // pieces of work that threads have taken so far
 
-template <int R>
-void span_fixed(const Shape& shape, int64_t head, int64_t n, const float* q, const float* log, float* reads, float* state) {
-  using V = Vec<R>;
-  const int64_t width = shape.width(), row = shape.log_columns(), gates = shape.gates();
-  const bool has_lambda = shape.has_lambda();
-  V s[R];
-#pragma GCC unroll 16
-  for (int j = 0; j < R; j++) load<R>(s[j], state + j * R);
-  const V one = V{} + 1.0f;
-  for (int64_t t = 0; t < n; t++, log += row) {
-    const float* k = log + head * R;
-    V x, sums[4];
-    if (q) {
-      const float* query = q + t * width + head * R;
-#pragma GCC unroll 16
-      for (int j = 0; j < 4; j++) { spread<R>(x, query[j]); sums[j] = s[j] * x; }
-#pragma GCC unroll 16
-      for (int j = 4; j < R; j++) { spread<R>(x, query[j]); accumulate<R>(sums[j & 3], s[j], x); }
-      store<R>(reads + t * width + head * R, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-    }
-#pragma GCC unroll 16
-    for (int j = 0; j < 4; j++) { spread<R>(x, k[j]); sums[j] = s[j] * x; }
-#pragma GCC unroll 16
-    for (int j = 4; j < R; j++) { spread<R>(x, k[j]); accumulate<R>(sums[j & 3], s[j], x); }
-    const V predicted = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  int64_t take() { return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED); }
+  float* scratch(int64_t slot) const { return workspace + slot * thread_floats(shape); }
+  float* all_q() const { return scratch(plan.threads); }
+};
 
-    V v, beta, lam, erase;
-    load<R>(v, log + width + head * R);
-    const float* gate = log + 2 * width + (shape.rankwise ? head * R : head);
-    if (shape.rankwise) load<R>(beta, gate); else spread<R>(beta, *gate);
-    if (shape.mode == Mode::no_lambda) lam = one;
-    else if (!has_lambda) lam = one - beta;
-    else if (shape.rankwise) load<R>(lam, gate + gates);
-    else spread<R>(lam, gate[gates]);
-    erase = shape.mode == Mode::lambda_outside ? lam * beta : beta;
-    const V delta = beta * v - erase * predicted;
-#pragma GCC unroll 16
-    for (int j = 0; j < R; j++) {
-      spread<R>(x, k[j]);
-      s[j] = s[j] * lam;
-      accumulate<R>(s[j], delta, x);
-    }
+// Bring one head's `state` (transposed) to where a request's first token of this step finds it.
+void resume(const Step& step, const Request& request, int64_t head, float* state) {
+  const Pages& pages = step.args.pages;
+  const int64_t r = step.shape.rank, last = request.position - 1;
+  const int64_t block = request.blocks[last < 0 ? 0 : last / pages.block_size];
+  transpose(r, pages.base(block) + head * r * r, state);
+  if (last >= 0) step.span(step.shape, head, last % pages.block_size + 1, nullptr, pages.log(block, step.shape, 0), nullptr, state);
+}
+
+// The tokens of a request from `token` on that share a block, at most `most`.
+struct Run {
+  int64_t block, slot, n;
+};
+Run run_at(const Step& step, const Request& request, int64_t token, int64_t most) {
+  const int64_t size = step.args.pages.block_size, position = request.position + (token - request.token);
+  const int64_t slot = position % size, left = size - slot;
+  return {request.blocks[position / size], slot, most < left ? most : left};
+}
+
+void activate_run(const Step& step, const Request& request, int64_t token, const Run& run, float* q, float* scratch) {
+  const ScanArgs& args = step.args;
+  const int64_t words = (args.pages.block_size + 31) / 32, position = request.position + (token - request.token);
+  uint32_t idle = 0;
+  for (int64_t t = 0; t < run.n; t++) {
+    const uint32_t word = args.unwritten[run.block * words + (run.slot + t) / 32];
+    idle |= ((word >> ((run.slot + t) % 32) & 1) | (position + t >= request.limit)) << t;
   }
-#pragma GCC unroll 16
-  for (int j = 0; j < R; j++) store<R>(state + j * R, s[j]);
+  const int64_t bytes = args.dtype == Dtype::f32 ? 4 : 2;
+  const void* rows = static_cast<const char*>(args.projected) + token * args.projected_stride * bytes;
+  const Tile tile = {rows, args.projected_stride, args.dtype, args.bias, idle, run.n};
+  step.activate(step.shape, tile, q, args.pages.log(run.block, step.shape, run.slot), scratch);
 }
 
-void span_any(const Shape& shape, int64_t head, int64_t n, const float* q, const float* log, float* reads, float* state) {
-  const int64_t r = shape.rank, width = shape.width(), row = shape.log_columns(), gates = shape.gates();
-  for (int64_t t = 0; t < n; t++, log += row) {
-    const float *k = log + head * r, *v = log + width + head * r, *gate = log + 2 * width;
-    if (q) {
-      const float* query = q + t * width + head * r;
-      float* read = reads + t * width + head * r;
-      for (int64_t i = 0; i < r; i++) read[i] = 0.0f;
-      for (int64_t j = 0; j < r; j++)
-        for (int64_t i = 0; i < r; i++) read[i] = fused(state[j * r + i], query[j], read[i]);
-    }
-    for (int64_t i = 0; i < r; i++) {
-      const float* beta = gate + (shape.rankwise ? head * r + i : head);
-      const Coefficients c = coefficients(shape, *beta, shape.has_lambda() ? beta + gates : nullptr);
-      float predicted = 0.0f;
-      for (int64_t j = 0; j < r; j++) predicted = fused(state[j * r + i], k[j], predicted);
-      const float delta = c.take * v[i] - c.erase * predicted;
-      for (int64_t j = 0; j < r; j++) state[j * r + i] = fused(delta, k[j], c.keep * state[j * r + i]);
-    }
-  }
+// One head's read and write of a run that has been activated; a page that begins keeps the state before it.
+void scan_run(const Step& step, const Request& request, int64_t token, const Run& run, int64_t head, const float* q, float* state) {
+  const Pages& pages = step.args.pages;
+  const int64_t r = step.shape.rank;
+  if (run.slot == 0 && (token > request.token || request.position > 0)) transpose(r, state, pages.base(run.block) + head * r * r);
+  float* reads = step.args.reads + token * step.shape.width();
+  step.span(step.shape, head, run.n, q, pages.log(run.block, step.shape, run.slot), reads, state);
 }
 
-Span span_for(const Shape& shape) {
-  switch (shape.rank) {
-    case 4: return span_fixed<4>;
-    case 8: return span_fixed<8>;
-    case 16: return span_fixed<16>;
-    default: return span_any;
+// A whole request on one thread, tile by tile.
+void whole_request(const Step& step, int64_t i, float* scratch) {
+  Request request;
+  if (!find(step.args, i, request)) return;
+  const int64_t heads = step.shape.heads, square = step.shape.rank * step.shape.rank;
+  float *state = scratch, *q = state + step.shape.state_floats(), *own = q + kTile * step.shape.width();
+  for (int64_t head = 0; head < heads; head++) resume(step, request, head, state + head * square);
+  for (int64_t token = request.token; token < request.stop;) {
+    const int64_t left = request.stop - token;
+    const Run run = run_at(step, request, token, left < kTile ? left : kTile);
+    activate_run(step, request, token, run, q, own);
+    for (int64_t head = 0; head < heads; head++) scan_run(step, request, token, run, head, q, state + head * square);
+    token += run.n;
   }
 }
 
-// base [H, value, key] <-> state [H, key, value]
-void transpose(const Shape& shape, const float* from, float* to) {
-  const int64_t r = shape.rank;
-  for (int64_t h = 0; h < shape.heads; h++, from += r * r, to += r * r)
-    for (int64_t i = 0; i < r; i++)
-      for (int64_t j = 0; j < r; j++) to[i * r + j] = from[j * r + i];
+void requests_of_a_thread(void* context, int64_t slot) {
+  Step& step = *static_cast<Step*>(context);
+  for (int64_t next; (next = step.take()) < step.args.num_reqs;)
+    whole_request(step, step.plan.order[next], step.scratch(slot));
 }
 
-void run(const Shape& shape, Span span, int64_t n, const float* q, const float* log, float* reads, float* state) {
-  for (int64_t h = 0; h < shape.heads; h++) span(shape, h, n, q, log, reads, state + h * shape.rank * shape.rank);
-}
+// Tokens that a thread activates at a time.
+constexpr int64_t kPiece = 4 * kTile;
 
-void widen(const void* projected, Dtype dtype, int64_t offset, int64_t n, float* out) {
-  if (dtype == Dtype::f32) {
-    memcpy(out, static_cast<const float*>(projected) + offset, n * sizeof(float));
-    return;
-  }
-  const uint16_t* half = static_cast<const uint16_t*>(projected) + offset;
-  if (dtype == Dtype::bf16)
-    for (int64_t i = 0; i < n; i++) out[i] = from_bf16(half[i]);
-  else
-    for (int64_t i = 0; i < n; i++) out[i] = from_f16(half[i]);
-}
-
-// tanh, then the L2 norm per head, floored: a zero vector stays zero. In place over `count` blocks of r values.
-void normalize(int64_t count, int64_t r, float* x) {
-  for (int64_t i = 0; i < count * r; i++) x[i] = tanh_(x[i]);
-  for (int64_t h = 0; h < count; h++, x += r) {
-    float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    int64_t i = 0;
-    for (; i + 4 <= r; i += 4)
-      for (int64_t lane = 0; lane < 4; lane++) parts[lane] = fused(x[i + lane], x[i + lane], parts[lane]);
-    for (; i < r; i++) parts[0] = fused(x[i], x[i], parts[0]);
-    const float norm = __builtin_sqrtf((parts[0] + parts[1]) + (parts[2] + parts[3]));
-    const float scale = norm < 1e-6f ? 1e6f : 1.0f / norm;
-    for (i = 0; i < r; i++) x[i] *= scale;
-  }
-}
-
-// One token: its projected row (scratch, overwritten) to q and, unless it is idle, to its log row.
-void activate(const Shape& shape, const float* bias, float* row, float* q, float* log, bool write) {
-  const int64_t width = shape.width(), columns = shape.gate_columns();
-  if (shape.normalize) normalize((write ? 2 : 1) * shape.heads, shape.rank, row);
-  memcpy(q, row, width * sizeof(float));
-  if (write) {
-    memcpy(log, row + width, 2 * width * sizeof(float));
-    const float* gates = row + 3 * width;
-    for (int64_t g = 0; g < columns; g++) log[2 * width + g] = sigmoid(gates[g] + bias[g]);
-  } else {  // replaying this row changes nothing: beta 0, lambda 1
-    memset(log, 0, (2 * width + shape.gates()) * sizeof(float));
-    for (int64_t g = shape.gates(); g < columns; g++) log[2 * width + g] = 1.0f;
-  }
-}
-
-// Bring `state` (transposed) to where request i's first token of this step finds it.
-void resume(const Shape& shape, Span span, const Pages& pages, const int32_t* blocks, int64_t context, float* state) {
-  if (context == 0) {
-    transpose(shape, pages.base(blocks[0]), state);
-    return;
-  }
-  const int64_t block = blocks[(context - 1) / pages.block_size];
-  transpose(shape, pages.base(block), state);
-  const int64_t count = (context - 1) % pages.block_size + 1;
-  run(shape, span, count, nullptr, pages.log(block, shape, 0), nullptr, state);
-}
-
-// Whether a token reads only, wherever the request's limit lies.
-inline bool masked(const ScanArgs& args, int64_t block, int64_t slot) {
-  const int64_t words = (args.pages.block_size + 31) / 32;
-  return args.unwritten[block * words + slot / 32] >> (slot % 32) & 1;
-}
-
-void page_scan(const Shape& shape, const ScanArgs& args) {
-  const Span span = span_for(shape);
-  const int64_t width = shape.width(), columns = shape.projected_columns(), log_columns = shape.log_columns();
-  const int64_t block_size = args.pages.block_size;
-  float *state = args.workspace, *row = state + shape.state_floats(), *q = row + columns;
-
-  memset(args.reads, 0, args.num_rows * width * sizeof(float));
-  for (int64_t next = 0; next < args.num_reqs; next++) {
-    const int64_t i = args.order[next];
-    const int64_t stop = args.query_start_loc[i + 1];
-    int64_t token = args.query_start_loc[i];
-    const int32_t* blocks = args.block_table + i * args.table_stride;
-    if (stop <= token) continue;
-    const int64_t limit = args.write_limit[blocks[0]];
-    if (limit < 0) continue;
-    int64_t position = args.seq_lens[i] - (stop - token);
-    resume(shape, span, args.pages, blocks, position, state);
-
-    while (token < stop) {
-      const int64_t block = blocks[position / block_size], slot = position % block_size;
-      int64_t n = stop - token < kTile ? stop - token : kTile;
-      if (n > block_size - slot) n = block_size - slot;
-      if (slot == 0 && position > 0) transpose(shape, state, args.pages.base(block));
-      float* log = args.pages.log(block, shape, slot);
-      for (int64_t t = 0; t < n; t++) {
-        widen(args.projected, args.dtype, (token + t) * columns, columns, row);
-        const bool write = position + t < limit && !masked(args, block, slot + t);
-        activate(shape, args.bias, row, q + t * width, log + t * log_columns, write);
+void activations_of_a_thread(void* context, int64_t slot) {
+  Step& step = *static_cast<Step*>(context);
+  float* own = step.scratch(slot) + step.shape.state_floats() + kTile * step.shape.width();
+  int64_t wanted = step.take(), first = 0;  // the first piece of request i
+  for (int64_t i = 0; i < step.args.num_reqs; i++) {
+    Request request;
+    if (!find(step.args, i, request)) continue;
+    const int64_t pieces = (request.stop - request.token + kPiece - 1) / kPiece;
+    for (; wanted < first + pieces; wanted = step.take()) {
+      int64_t token = request.token + (wanted - first) * kPiece;
+      const int64_t stop = token + kPiece < request.stop ? token + kPiece : request.stop;
+      while (token < stop) {
+        const Run run = run_at(step, request, token, stop - token < kTile ? stop - token : kTile);
+        activate_run(step, request, token, run, step.all_q() + token * step.shape.width(), own);
+        token += run.n;
       }
-      run(shape, span, n, q, log, args.reads + token * width, state);
-      token += n;
-      position += n;
     }
+    first += pieces;
+  }
+}
+
+void scan_head(const Step& step, int64_t i, int64_t head, float* state) {
+  Request request;
+  if (!find(step.args, i, request)) return;
+  resume(step, request, head, state);
+  for (int64_t token = request.token; token < request.stop;) {
+    const Run run = run_at(step, request, token, request.stop - token);
+    scan_run(step, request, token, run, head, step.all_q() + token * step.shape.width(), state);
+    token += run.n;
+  }
+}
+
+void heads_of_a_thread(void* context, int64_t slot) {
+  Step& step = *static_cast<Step*>(context);
+  const int64_t heads = step.shape.heads, num_reqs = step.args.num_reqs;
+  const int64_t together = step.plan.independent ? 1 : num_reqs;  // requests that one thread must take in their order
+  for (int64_t next; (next = step.take()) < heads * num_reqs / together;)
+    for (int64_t i = 0; i < together; i++)
+      scan_head(step, step.plan.order[next / heads * together + i], next % heads, step.scratch(slot));
+}
+
+// Zero the reads of rows that belong to no request with memory; a request's own rows are all overwritten.
+void clear_reads(const Shape& shape, const ScanArgs& args) {
+  const int64_t width = shape.width();
+  int64_t end = 0;
+  const auto zero = [&](int64_t from, int64_t to) {
+    if (from < to) memset(args.reads + from * width, 0, (to - from) * width * sizeof(float));
+  };
+  for (int64_t i = 0; i < args.num_reqs; i++) {
+    const int64_t start = args.query_start_loc[i], stop = args.query_start_loc[i + 1];
+    if (stop <= start) continue;
+    zero(end, start);
+    if (args.write_limit[args.block_table[i * args.table_stride]] < 0) zero(start, stop);
+    if (stop > end) end = stop;
+  }
+  zero(end, args.num_rows);
+}
+
+void page_scan(const Shape& shape, const ScanArgs& args, const Plan& plan, Parallel parallel, float* workspace) {
+  Step step = {shape, args, plan, workspace, span_for(shape), activate_for(shape), 0};
+  clear_reads(shape, args);
+  if (plan.cut == Cut::none) {
+    requests_of_a_thread(&step, 0);
+  } else if (plan.cut == Cut::requests) {
+    parallel(plan.threads, requests_of_a_thread, &step);
+  } else {
+    parallel(plan.threads, activations_of_a_thread, &step);
+    step.taken = 0;
+    parallel(plan.threads, heads_of_a_thread, &step);
   }
 }
 
 void page_state(const Shape& shape, const StateArgs& args) {
   const Span span = span_for(shape);
+  const int64_t r = shape.rank;
   float* state = args.workspace;
-  for (int64_t i = 0; i < args.n; i++) {
-    transpose(shape, args.pages.base(args.block_ids[i]), state);
-    run(shape, span, args.counts[i], nullptr, args.pages.log(args.block_ids[i], shape, 0), nullptr, state);
-    transpose(shape, state, args.out + i * shape.state_floats());
+  for (int64_t i = 0; i < args.n; i++)
+    for (int64_t head = 0; head < shape.heads; head++) {
+      transpose(r, args.pages.base(args.block_ids[i]) + head * r * r, state);
+      span(shape, head, args.counts[i], nullptr, args.pages.log(args.block_ids[i], shape, 0), nullptr, state);
+      transpose(r, state, args.out + i * shape.state_floats() + head * r * r);
+    }
+}
+
+void activate_all(const Shape& shape, const ActivateArgs& args) {
+  const Activate function = activate_for(shape);
+  for (int64_t token = 0; token < args.tokens; token += kTile) {
+    const int64_t n = args.tokens - token < kTile ? args.tokens - token : kTile, bytes = args.dtype == Dtype::f32 ? 4 : 2;
+    const void* rows = static_cast<const char*>(args.projected) + token * args.projected_stride * bytes;
+    const Tile tile = {rows, args.projected_stride, args.dtype, args.bias, 0, n};
+    function(shape, tile, args.q + token * shape.width(), args.log + token * shape.log_columns(), args.workspace);
   }
 }
 
@@ -226,7 +212,7 @@ void page_state(const Shape& shape, const StateArgs& args) {
 #define DELTAMEM_STRING_(x) #x
 #define DELTAMEM_STRING(x) DELTAMEM_STRING_(x)
 extern const Kernels table;
-const Kernels table = {DELTAMEM_STRING(DELTAMEM_ISA) + 4 /* drops "isa_" */, page_scan, page_state};
+const Kernels table = {DELTAMEM_STRING(DELTAMEM_ISA) + 4 /* drops "isa_" */, page_scan, page_state, activate_all};
 
 }  // namespace DELTAMEM_ISA
 }  // namespace deltamem

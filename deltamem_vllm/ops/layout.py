@@ -17,6 +17,7 @@ is at most N short steps to get back to a state.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 UpdateMode = Literal["standard", "lambda_outside", "no_lambda"]
@@ -86,6 +87,19 @@ class MemoryShape:
     def state_floats(self) -> int:
         """fp32 values of one layer's state."""
         return self.heads * self.rank * self.rank
+
+    @cached_property
+    def packed(self) -> int:
+        """The whole shape in one int64, as the native operators take it (`make_shape` in csrc/bindings/page_ops.cpp):
+        rank in bits 0–15, heads 16–31, update mode 32–33, then rankwise gates, coupled λ, normalised q and k.
+
+        Raises:
+            ValueError: a rank or a number of heads above 65,535.
+        """
+        if max(self.rank, self.heads) > 0xFFFF:
+            raise ValueError(f"native kernels take ranks and heads up to 65535, got {self.rank} and {self.heads}")
+        flags = self.rankwise_gates | self.couple_lambda << 1 | self.normalize_qk << 2
+        return self.rank | self.heads << 16 | UPDATE_MODES.index(self.update_mode) << 32 | flags << 34
 
     def floats_per_token(self, block_size: int) -> int:
         """fp32 values a page needs per token slot, its share of the base included (rounded up)."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltamem_vllm.ops.layout import UPDATE_MODES, MemoryShape
+from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.paged import Batch
 
 LIBRARY = "_native.so"
@@ -59,7 +59,7 @@ class NativeOps:
         reads: Tensor,
     ) -> None:
         """See `PagedOps.page_scan`."""
-        self._scan(projected, bias, pages, *batch[:5], reads, *batch[5:7], *_arguments(shape))
+        self._scan(projected, bias, pages, *batch[:5], reads, *batch[5:7], shape.packed)
 
     def page_state(
         self,
@@ -71,9 +71,4 @@ class NativeOps:
         out: Tensor,
     ) -> None:
         """See `PagedOps.page_state`."""
-        self._state(pages, block_ids, counts, out, block_size, *_arguments(shape))
-
-
-def _arguments(shape: MemoryShape) -> tuple[int, int, bool, bool, int, bool]:
-    mode = UPDATE_MODES.index(shape.update_mode)  # the order is that of `enum class Mode`
-    return shape.rank, shape.heads, shape.rankwise_gates, shape.couple_lambda, mode, shape.normalize_qk
+        self._state(pages, block_ids, counts, out, block_size, shape.packed)

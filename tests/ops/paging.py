@@ -100,8 +100,14 @@ class World:
         bias: Tensor,
         requests: list[tuple[Tensor, int, list[int]]],
         extra_rows: int = 0,
+        beside: int = 0,
     ) -> Tensor:
-        """One step. A request is (projected [t, C] of its new tokens, tokens before them, its blocks)."""
+        """One step. A request is (projected [t, C] of its new tokens, tokens before them, its blocks).
+
+        Args:
+            extra_rows: rows of NaN that belong to no request.
+            beside: columns of NaN on either side of ``projected``, which is then a slice of a wider matrix.
+        """
         width = max(len(blocks) for _, _, blocks in requests) + 1
         # two rows and a column more than anybody needs, all garbage
         table = torch.full((len(requests) + 2, width + 3), GARBAGE, dtype=torch.int32)[:, :width]
@@ -112,6 +118,9 @@ class World:
         lengths = [context + len(projected) for projected, context, _ in requests] + [GARBAGE]
         tokens = torch.cat([projected for projected, _, _ in requests])
         tokens = torch.cat([tokens, tokens.new_full((extra_rows, tokens.shape[1]), float("nan"))])
+        if beside:
+            nothing = tokens.new_full((len(tokens), beside), float("nan"))
+            tokens = torch.cat([nothing, tokens, nothing], dim=1)[:, beside:-beside]
         reads = torch.full((len(tokens), self.shape.width), float("nan"))
         ops.page_scan(
             self.shape,

@@ -36,6 +36,7 @@ def good() -> dict[str, Any]:
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 REFUSED: dict[str, tuple[Change, str]] = {
     "columns": (lambda a: {"projected": torch.zeros(5, 3)}, "projected"),
+    "columns apart": (lambda a: {"projected": torch.zeros(SHAPE.projected_columns, 5).T}, "projected"),
     "double": (lambda a: {"projected": a["projected"].double()}, "projected"),
     "bias": (lambda a: {"bias": torch.zeros(1)}, "bias"),
     "bias dtype": (lambda a: {"bias": a["bias"].bfloat16()}, "bias"),
