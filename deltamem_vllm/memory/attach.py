@@ -54,7 +54,7 @@ def attach_memory(model: nn.Module, vllm_config: VllmConfig) -> None:
 def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, adapter: Adapter) -> int:
     device = torch.device(str(vllm_config.device_config.device))
     dtype: Any = vllm_config.model_config.dtype
-    kernels = kernels_for(device, settings.kernel)
+    kernels = kernels_for(device, settings.kernel, adapter.shape)
     masks = WriteMasks()
     wrapped = 0
     for name, module in list(model.named_modules()):
