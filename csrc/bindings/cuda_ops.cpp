@@ -102,8 +102,11 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
   check("write_limit", write_limit, ScalarType::Int, {pages.size(0)});
   check("unwritten", unwritten, ScalarType::Int, {pages.size(0), (block_size + 31) / 32});
   check("reads", reads, ScalarType::Float, {-1, shape.width});
-  for (const Tensor* tensor : {&projected, &bias, &reads, &query_start_loc, &seq_lens, &write_limit, &unwritten})
-    require(tensor->is_contiguous(), "page_scan: only pages and block_table may be strided");
+  for (const Tensor* tensor : {&bias, &reads, &query_start_loc, &seq_lens, &write_limit, &unwritten})
+    require(tensor->is_contiguous(), "page_scan: only projected, pages and block_table may be strided");
+  require(projected.stride(1) == 1 && (projected.size(0) < 2 || projected.stride(0) >= shape.projected_columns),
+          "projected: the columns of a row must be contiguous and rows must not overlap, got strides ",
+          projected.stride(0), ", ", projected.stride(1));
   require(block_table.stride(1) == 1 || block_table.size(1) < 2, "block_table: the entries of a row must be contiguous");
   const int64_t tokens = projected.size(0);
   require(reads.size(0) >= tokens, "page_scan: reads has ", reads.size(0), " rows for ", tokens, " tokens");
@@ -119,6 +122,7 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
 
   deltamem_cuda::Scan scan = {};
   scan.projected = projected.data_ptr();
+  scan.projected_stride = projected.stride(0);
   scan.dtype = dtype;
   scan.bias = data<float>(bias);
   scan.pages = static_cast<float*>(pages.data_ptr());

@@ -172,7 +172,7 @@ __device__ inline void activate_tile(const Scan& scan, const Shape& shape, const
   for (int e = thread; e < n * columns; e += threads) {
     const int t = e / columns, c = e % columns;
     const int column = c < r ? head * r + c : shape.width + log_column(shape, head, c);
-    float x = widen(scan.projected, scan.dtype, (token + t) * static_cast<int64_t>(shape.projected_columns) + column);
+    float x = widen(scan.projected, scan.dtype, (token + t) * scan.projected_stride + column);
     if (c < 2 * r) {
       if (shape.normalize) x = tanhf(x);
     } else if (c >= 3 * r) {

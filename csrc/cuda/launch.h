@@ -28,8 +28,9 @@ inline Shape make_shape(int rank, int heads, bool rankwise, bool couple, int mod
 
 // Tensors of PagedOps.page_scan, all on the device.
 struct Scan {
-  const void* projected;  // [tokens, projected_columns]
-  int dtype;              // of projected: 0 fp32, 1 bf16, 2 fp16
+  const void* projected;     // [tokens, projected_columns], rows `projected_stride` elements apart
+  int64_t projected_stride;
+  int dtype;                 // of projected: 0 fp32, 1 bf16, 2 fp16
   const float* bias;
   float* pages;
   int64_t page_stride;  // floats

@@ -56,7 +56,7 @@ def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, 
     """How many layers got a memory, and in how many of them qkv_proj computes its projection too."""
     device = torch.device(str(vllm_config.device_config.device))
     dtype: Any = vllm_config.model_config.dtype
-    kernels = kernels_for(device, settings.kernel)
+    kernels = kernels_for(device, settings.kernel, adapter.shape)
     masks = WriteMasks()
     wrapped = appended = 0
     for name, module in list(model.named_modules()):

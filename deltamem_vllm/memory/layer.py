@@ -88,7 +88,7 @@ class MemoryLayer(nn.Module):
             assert self.projection is not None
             projected = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.projection)
         else:
-            projected = fused[:, -self.pages.shape.projected_columns :].contiguous()  # TEMPORARY
+            projected = fused[:, -self.pages.shape.projected_columns :]
         reads = torch.empty((projected.shape[0], self.width), dtype=torch.float32, device=projected.device)
         torch.ops.deltamem.scan(projected, self.bias, reads, self.pages.prefix)
         self._reads = reads

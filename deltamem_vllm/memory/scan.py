@@ -10,14 +10,15 @@ import torch
 from vllm.forward_context import get_forward_context
 
 from deltamem_vllm.ops.dispatch import Preference, select
+from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.paged import PagedOps
 
 OP = "deltamem::scan"
 
 
-def kernels_for(device: torch.device, prefer: Preference = "auto") -> PagedOps:
-    """The paged operators for a device; chosen, and announced, once per process."""
-    return select(device.type, prefer)
+def kernels_for(device: torch.device, prefer: Preference, shape: MemoryShape) -> PagedOps:
+    """The paged operators for an adapter on a device; chosen, and announced, once per process."""
+    return select(device.type, prefer, shape)
 
 
 def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, layer: str) -> None:

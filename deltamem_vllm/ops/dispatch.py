@@ -10,10 +10,11 @@ import torch
 
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.ops.cuda import CUDA_LIBRARY, CudaOps
+from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.native import LIBRARY, NativeOps, find_library
 from deltamem_vllm.ops.paged import PagedOps
 from deltamem_vllm.ops.paged_torch import TorchOps
-from deltamem_vllm.ops.selfcheck import why_not
+from deltamem_vllm.ops.selfcheck import USUAL, why_not
 
 Preference = Literal["auto", "native", "triton", "torch"]
 
@@ -26,16 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def select(device: torch.device | str, prefer: Preference = "auto") -> PagedOps:
-    """The implementation for tensors on ``device``; logged once per (device, preference).
+def select(device: torch.device | str, prefer: Preference = "auto", shape: MemoryShape = USUAL) -> PagedOps:
+    """The implementation for tensors on ``device``; logged once per (device, preference, shape).
 
-    What runs on a GPU is first tried on it, against torch: what does not start there, or answers wrongly, is not
-    chosen.
+    What runs on a GPU is first tried on it, against torch: what does not start there, does not serve the shape, or
+    answers wrongly, is not chosen.
 
     Args:
         prefer: ``auto``: native where it loads, on a GPU else Triton's, else torch with a warning that names the
             reasons and the remedy; ``native`` and ``triton``: that one or an error; ``torch``: torch, on request and
             without a warning.
+        shape: of the adapter that is to be served.
 
     Raises:
         ConfigError: ``native`` or ``triton`` was asked for and cannot run here, or the preference is unknown.
@@ -50,7 +52,7 @@ def select(device: torch.device | str, prefer: Preference = "auto") -> PagedOps:
     for name in ("native", "triton"):
         if prefer not in ("auto", name) or (prefer == "auto" and name == "triton" and device.type == "cpu"):
             continue
-        found = _load_native(device) if name == "native" else _load_triton(device)
+        found = _load_native(device, shape) if name == "native" else _load_triton(device, shape)
         if isinstance(found, str):
             reasons.append(found)
             continue
@@ -63,7 +65,7 @@ def select(device: torch.device | str, prefer: Preference = "auto") -> PagedOps:
     return TorchOps()
 
 
-def _load_native(device: torch.device) -> PagedOps | str:
+def _load_native(device: torch.device, shape: MemoryShape) -> PagedOps | str:
     """The compiled implementation, or why there is none, remedy included."""
     if device.type not in ("cpu", "cuda"):
         return f"there is no native kernel for device={device.type}"
@@ -76,12 +78,12 @@ def _load_native(device: torch.device) -> PagedOps | str:
         ops: PagedOps = NativeOps(library) if on_cpu else CudaOps(library)
     except (OSError, RuntimeError, AttributeError) as error:
         return f"{name} does not load ({error}): {remedy}"
-    if not on_cpu and (problem := why_not(ops, device)):
-        return f"{name} does not work on this GPU ({problem}): {remedy}"
+    if not on_cpu and (problem := why_not(ops, device, shape)):
+        return f"{name} does not work here for this adapter ({problem}); if it was built for another GPU, {remedy}"
     return ops
 
 
-def _load_triton(device: torch.device) -> PagedOps | str:
+def _load_triton(device: torch.device, shape: MemoryShape) -> PagedOps | str:
     """Triton's implementation, or why there is none, remedy included."""
     if device.type != "cuda":
         return f"there is no Triton kernel for device={device.type}"
@@ -90,6 +92,6 @@ def _load_triton(device: torch.device) -> PagedOps | str:
     except ImportError as error:
         return f"Triton cannot be imported ({error}): install it, pip install 'deltamem-vllm[gpu]'"
     ops = TritonOps()
-    if problem := why_not(ops, device):
-        return f"Triton's kernels do not work on this GPU ({problem})"
+    if problem := why_not(ops, device, shape):
+        return f"Triton's kernels do not work here for this adapter ({problem})"
     return ops

@@ -82,8 +82,8 @@ class PagedOps(Protocol):
         behind the filling one, so requests run by ascending context.
 
         Args:
-            projected: [T, projected_columns] fp32, bf16 or fp16, stride(1) = 1, any stride(0): q̃ | k̃ | v | β̃ | λ̃. It
-                may be columns of a wider matrix.
+            projected: [T, projected_columns] fp32, bf16 or fp16: q̃ | k̃ | v | β̃ | λ̃. stride(1) = 1; any stride(0)
+                from projected_columns on, so that it may be columns of a wider projection.
             bias: [bias_columns] fp32.
             pages: [blocks, ≥ content_floats] fp32, stride(1) = 1; any stride(0). Changed in place. Needs no
                 initial value but the base of a request's first page, which the caller seeds.
@@ -168,8 +168,12 @@ def check_page_scan(
     if projected.dtype not in PROJECTED_DTYPES:
         raise ValueError(f"page_scan: projected is {projected.dtype}, expected float32, bfloat16 or float16")
     _check("projected", projected, projected.dtype, (None, shape.projected_columns))
-    if len(projected) and projected.stride(1) != 1:
-        raise ValueError(f"projected: the columns of a row must be contiguous, got stride {projected.stride()}")
+    overlap = projected.shape[0] > 1 and projected.stride(0) < shape.projected_columns
+    if len(projected) and (projected.stride(1) != 1 or overlap):
+        raise ValueError(
+            "projected: the columns of a row must be contiguous and rows must not overlap, "
+            f"got stride {projected.stride()}"
+        )
     _check("bias", bias, torch.float32, (shape.bias_columns,))
     _check("block_table", batch.block_table, torch.int32, (None, None))
     _check("write_limit", batch.write_limit, torch.int32, (pages.shape[0],))
@@ -199,8 +203,8 @@ def check_page_scan_tensors(
         raise ValueError(
             f"block_table: the entries of a row must be contiguous, got stride {batch.block_table.stride()}"
         )
-    contiguous = {"projected": projected, "bias": bias, "reads": reads, **batch._asdict()}
-    for name in ("projected", "bias", "reads", "query_start_loc", "seq_lens", "write_limit", "unwritten"):
+    contiguous = {"bias": bias, "reads": reads, **batch._asdict()}
+    for name in ("bias", "reads", "query_start_loc", "seq_lens", "write_limit", "unwritten"):
         if not contiguous[name].is_contiguous():
             raise ValueError(f"{name} must be contiguous, got stride {contiguous[name].stride()}")
     devices = {t.device for t in (projected, bias, pages, reads, *batch[:5])}

@@ -71,8 +71,9 @@ def _span(number, request, query_start_loc, seq_lens, CHUNK):
 
 @_kernel
 def activate_kernel(
-    projected, bias, pages, page_stride, num_blocks, block_table, table_stride, table_width, query_start_loc, seq_lens,
-    write_limit, unwritten, reads, queries, summaries, num_tokens, num_rows, num_reqs, num_chunks, N, CHUNK,
+    projected, row_stride, bias, pages, page_stride, num_blocks, block_table, table_stride, table_width,
+    query_start_loc, seq_lens, write_limit, unwritten, reads, queries, summaries, num_tokens, num_rows, num_reqs,
+    num_chunks, N, CHUNK,
     R: tl.constexpr, RP: tl.constexpr, VP: tl.constexpr, H: tl.constexpr, RANKWISE: tl.constexpr,
     HAS_LAMBDA: tl.constexpr, MODE: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
@@ -126,8 +127,9 @@ def activate_kernel(
             write = alive & (position < limit) & (((word >> (slot % 32)) & 1) == 0)
             token = start + position - context
             q, k, v, beta, lam = _activated(
-                projected, token, head, beta_bias, lambda_bias, R, RP, H, RANKWISE, HAS_LAMBDA, MODE, NORMALIZE
-            )
+                projected, row_stride, token, head, beta_bias, lambda_bias, R, RP, H, RANKWISE, HAS_LAMBDA, MODE,
+                NORMALIZE,
+            )  # fmt: skip
             tl.store(queries + (token + far) * W + head * R + i, q, mask=inside)
             log = pages + safe * page_stride + W * R + slot * LOG
             _append(log, head, k, v, beta, lam, write, alive, R, RP, H, RANKWISE, HAS_LAMBDA)

@@ -30,8 +30,8 @@ REQUESTS_AT_ONCE = tl.constexpr(128)
 
 # Sizes differ from step to step: compiled once for all of them, not once per 1, multiple of 16 and other.
 _SIZES = (
-    "page_stride", "num_blocks", "table_stride", "table_width", "num_tokens", "num_rows", "num_reqs", "N", "num_slots",
-    "num_staged", "num_chunks", "CHUNK",
+    "row_stride", "page_stride", "num_blocks", "table_stride", "table_width", "num_tokens", "num_rows", "num_reqs", "N",
+    "num_slots", "num_staged", "num_chunks", "CHUNK",
 )  # fmt: skip
 
 
@@ -103,20 +103,19 @@ def _replay(
 
 @triton.jit
 def _activated(
-    projected, token, head, beta_bias, lambda_bias, R: tl.constexpr, RP: tl.constexpr, H: tl.constexpr,
-    RANKWISE: tl.constexpr, HAS_LAMBDA: tl.constexpr, MODE: tl.constexpr, NORMALIZE: tl.constexpr,
+    projected, row_stride, token, head, beta_bias, lambda_bias, R: tl.constexpr, RP: tl.constexpr,
+    H: tl.constexpr, RANKWISE: tl.constexpr, HAS_LAMBDA: tl.constexpr, MODE: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """One token and head of the fused projection: q, k, v, β, λ, [RP] each."""
     i = tl.arange(0, RP)
     inside = i < R
     W: tl.constexpr = H * R
     G: tl.constexpr = W if RANKWISE else H
-    C: tl.constexpr = 3 * W + (2 * G if HAS_LAMBDA else G)
-    row = projected + token.to(tl.int64) * C + head * R + i
+    row = projected + token.to(tl.int64) * row_stride + head * R + i
     q = _normalize(tl.load(row, mask=inside, other=0.0).to(tl.float32), NORMALIZE)
     k = _normalize(tl.load(row + W, mask=inside, other=0.0).to(tl.float32), NORMALIZE)
     v = tl.load(row + 2 * W, mask=inside, other=0.0).to(tl.float32)
-    gates = projected + token.to(tl.int64) * C + 3 * W + (head * R + i if RANKWISE else head + 0 * i)
+    gates = projected + token.to(tl.int64) * row_stride + 3 * W + (head * R + i if RANKWISE else head + 0 * i)
     beta = _sigmoid(tl.load(gates, mask=inside, other=0.0).to(tl.float32) + beta_bias)
     lam = 1.0 - beta
     if MODE == 2:
@@ -175,15 +174,16 @@ def _source(
 
 @_kernel
 def page_scan_kernel(
-    projected, bias, pages, page_stride, num_blocks, block_table, table_stride, table_width, query_start_loc, seq_lens,
-    write_limit, unwritten, reads, num_tokens, num_rows, num_reqs, N,
+    projected, row_stride, bias, pages, page_stride, num_blocks, block_table, table_stride, table_width,
+    query_start_loc, seq_lens, write_limit, unwritten, reads, num_tokens, num_rows, num_reqs, N,
     R: tl.constexpr, RP: tl.constexpr, H: tl.constexpr, RANKWISE: tl.constexpr, HAS_LAMBDA: tl.constexpr,
     MODE: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_reqs, H). See `deltamem_vllm.ops.paged.PagedOps.page_scan`; indices that do not fit are not followed:
     such a request reads zero and writes nothing from there on.
 
-    table_width: columns of block_table; num_tokens, num_rows: rows of projected and of reads; page_stride: floats.
+    table_width: columns of block_table; num_tokens, num_rows: rows of projected and of reads; page_stride: floats;
+    row_stride: elements from one row of projected to the next.
     """
     request, head = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, RP)
@@ -273,8 +273,9 @@ def page_scan_kernel(
                 write = alive & (position < limit) & (((word >> (slot % 32)) & 1) == 0)
 
                 q, k, v, beta, lam = _activated(
-                    projected, token, head, beta_bias, lambda_bias, R, RP, H, RANKWISE, HAS_LAMBDA, MODE, NORMALIZE
-                )
+                    projected, row_stride, token, head, beta_bias, lambda_bias, R, RP, H, RANKWISE, HAS_LAMBDA, MODE,
+                    NORMALIZE,
+                )  # fmt: skip
                 read = tl.sum(state * q[None, :], 1)
                 tl.store(reads + token.to(tl.int64) * W + head * R + i, tl.where(alive, read, 0.0), mask=inside & own)
                 _append(

@@ -61,6 +61,7 @@ class TritonOps:
             return
         kernels.page_scan_kernel[(batch.num_reqs, shape.heads)](
             projected,
+            projected.stride(0),
             bias,
             pages,
             pages.stride(0),
@@ -168,8 +169,8 @@ def _scan_in_chunks(
     )  # fmt: skip
     constants = _constants(shape)
     chunked.activate_kernel[(count, heads)](
-        projected, bias, *at, batch.unwritten, reads, queries, summaries, tokens, reads.shape[0], batch.num_reqs, count,
-        batch.block_size, chunk, *constants[:2], _power_of_two(rank + 1), *constants[2:],
+        projected, projected.stride(0), bias, *at, batch.unwritten, reads, queries, summaries, tokens, reads.shape[0],
+        batch.num_reqs, count, batch.block_size, chunk, *constants[:2], _power_of_two(rank + 1), *constants[2:],
         NORMALIZE=shape.normalize_qk, num_warps=1 if rank <= 8 else 4,
     )  # fmt: skip
     chunked.combine_kernel[(batch.num_reqs, heads)](

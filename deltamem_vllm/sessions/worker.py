@@ -38,7 +38,7 @@ class WorkerSide:
         self._indices = tuple(self._layer_ids.index(x.index) for x in layers)
         if layers:  # a pipeline stage may hold none of the adapter's layers
             assert layers[0].pages is not None
-            kernels = kernels_for(layers[0].pages.device, self._settings.kernel)
+            kernels = kernels_for(layers[0].pages.device, self._settings.kernel, layers[0].shape)
             self._pool = SessionPool(layers, list(self._indices), self._settings.session_slots, kernels)
 
     @torch.inference_mode()

@@ -22,7 +22,7 @@ def main() -> None:
     part = Part.begin("check")
     env = {**os.environ, "DELTAMEM_GPU_OUT": str(part.out.resolve()), "DELTAMEM_GPU_TINY": "1" if part.tiny else ""}
     log = part.out / "check.log"
-    some = ["-k", "long_prefill or takes or duplicates or followed"] if part.tiny else []
+    some = ["-k", "long_prefill or wider or takes or duplicates or followed"] if part.tiny else []
     with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "loadtests/gpu/suite.py",

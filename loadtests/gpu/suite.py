@@ -17,7 +17,7 @@ from deltamem_vllm.ops.paged_torch import TorchOps
 from loadtests.gpu.on_device import OnDevice
 from tests.ops import test_paged as paged
 from tests.ops import test_refusals as refusals
-from tests.ops.paging import FEW_SHAPES, World, make_shape, name_of, random_inputs, truth
+from tests.ops.paging import FEW_SHAPES, World, check_strided, make_shape, name_of, random_inputs, truth
 from tests.ops.test_paged import *  # noqa: F403
 from tests.ops.test_pooled import *  # noqa: F403
 from tests.ops.test_schedules import *  # noqa: F403
@@ -74,6 +74,11 @@ PAIRS += [] if TINY else [(name, shape) for name in ("triton", "triton in chunks
 )
 def test_scan_is_the_reference(ops: PagedOps, shape: Any) -> None:
     paged.test_scan_is_the_reference(ops, shape)
+
+
+@pytest.mark.parametrize("shape", FEW_SHAPES[:2], ids=name_of)
+def test_the_projection_may_be_columns_of_a_wider_one(ops: PagedOps, shape: Any) -> None:
+    check_strided(ops, shape, torch.bfloat16)
 
 
 def test_write_limit_freezes_the_state(ops: PagedOps) -> None:

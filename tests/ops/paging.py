@@ -12,6 +12,7 @@ from torch import Tensor
 from deltamem_vllm.ops import reference
 from deltamem_vllm.ops.layout import UPDATE_MODES, MemoryShape
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
+from tests.tolerances import KERNEL_READS
 
 UNTOUCHED = 7.0
 GARBAGE = -12345
@@ -100,13 +101,10 @@ class World:
         bias: Tensor,
         requests: list[tuple[Tensor, int, list[int]]],
         extra_rows: int = 0,
-        beside: int = 0,
+        strided: bool = False,
     ) -> Tensor:
-        """One step. A request is (projected [t, C] of its new tokens, tokens before them, its blocks).
-
-        Args:
-            extra_rows: rows of NaN that belong to no request.
-            beside: columns of NaN on either side of ``projected``, which is then a slice of a wider matrix.
+        """One step. A request is (projected [t, C] of its new tokens, tokens before them, its blocks). ``strided``:
+        the rows are columns of a wider tensor, which is not changed.
         """
         width = max(len(blocks) for _, _, blocks in requests) + 1
         # two rows and a column more than anybody needs, all garbage
@@ -118,10 +116,11 @@ class World:
         lengths = [context + len(projected) for projected, context, _ in requests] + [GARBAGE]
         tokens = torch.cat([projected for projected, _, _ in requests])
         tokens = torch.cat([tokens, tokens.new_full((extra_rows, tokens.shape[1]), float("nan"))])
-        if beside:
-            nothing = tokens.new_full((len(tokens), beside), float("nan"))
-            tokens = torch.cat([nothing, tokens, nothing], dim=1)[:, beside:-beside]
         reads = torch.full((len(tokens), self.shape.width), float("nan"))
+        wide = tokens
+        if strided:
+            tokens, wide = columns_of_a_wider(tokens)
+        before = wide.clone()
         ops.page_scan(
             self.shape,
             tokens,
@@ -132,6 +131,7 @@ class World:
             ),
             reads,
         )
+        torch.testing.assert_close(wide, before, rtol=0, atol=0, equal_nan=True)
         return reads
 
     def state(self, ops: PagedOps, block: int, count: int) -> Tensor:
@@ -144,6 +144,14 @@ class World:
         """The state after ``length`` ≥ 1 tokens of a request."""
         last = length - 1
         return self.state(ops, blocks[last // self.block_size], last % self.block_size + 1)
+
+
+def columns_of_a_wider(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows as columns of a wider tensor full of NaN, at an odd offset; and that tensor."""
+    wide = tokens.new_full((len(tokens), tokens.shape[1] + 10), float("nan"))
+    inner = wide[:, 3:-7]
+    inner.copy_(tokens)
+    return inner, wide
 
 
 def random_inputs(shape: MemoryShape, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,3 +178,26 @@ def truth(
     activated = reference.activate(shape, projected.double(), bias.double())
     write = torch.tensor([position < limit and position not in masked for position in range(len(projected))])
     return reference.scan(shape, *activated, state.double(), write)
+
+
+def check_strided(ops: PagedOps, shape: MemoryShape, dtype: torch.dtype, block_size: int = 4) -> None:
+    """Rows that are columns of a wider tensor give the bits of contiguous ones: a prefill beside a decode, one request
+    behind a page that the first fills, and rows of no request.
+    """
+    projected, bias, state = random_inputs(shape, 11)
+    projected = projected.to(dtype)
+    results = []
+    for strided in (False, True):
+        world = World(shape, block_size=block_size)
+        for block in (5, 9):
+            world.seed(block, state)
+        world.scan(ops, bias, [(projected[:1], 0, [9])], strided=strided)
+        requests = [(projected[:10], 0, [5, 2, 7]), (projected[1:2], 1, [9])]
+        requests += [(projected[block_size:], block_size, [5, 3, 8])]
+        reads = world.scan(ops, bias, requests, extra_rows=2, strided=strided)
+        assert reads.isfinite().all()
+        results.append((reads, world.whole))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    expected = truth(shape, projected[:10], bias, state)[0]
+    torch.testing.assert_close(results[1][0][:10].double(), expected, rtol=0, atol=KERNEL_READS)

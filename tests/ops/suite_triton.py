@@ -21,7 +21,7 @@ from tests.ops import test_paged as paged
 from tests.ops import test_pooled as pooled
 from tests.ops import test_refusals as refusals
 from tests.ops import test_sharing as sharing
-from tests.ops.paging import FEW_SHAPES, UNTOUCHED, World, make_shape, name_of, random_inputs, truth
+from tests.ops.paging import FEW_SHAPES, UNTOUCHED, World, check_strided, make_shape, name_of, random_inputs, truth
 from tests.ops.test_paged import (  # noqa: F401
     test_one_bad_session_does_not_reach_another,
     test_rows_of_no_request_read_zero,
@@ -121,6 +121,12 @@ def test_half_precision_is_widened_exactly(ops: PagedOps, shape: MemoryShape) ->
             world.seed(5, state)
             reads.append(world.scan(ops, bias, [(tokens, 0, [5])]))
         assert torch.equal(*reads)
+
+
+@plain_and_odd
+def test_the_projection_may_be_columns_of_a_wider_one(ops: PagedOps, in_chunks: PagedOps, shape: MemoryShape) -> None:
+    check_strided(ops, shape, torch.bfloat16)
+    check_strided(in_chunks, shape, torch.float32)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-5, 1e-2, 0.3, 30.0, 1e4])

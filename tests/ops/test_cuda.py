@@ -17,16 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from deltamem_vllm.ops import dispatch
 from deltamem_vllm.ops.cuda import CudaOps
 from deltamem_vllm.ops.layout import UPDATE_MODES, MemoryShape
 from deltamem_vllm.ops.paged import PagedOps
+from deltamem_vllm.ops.selfcheck import why_not
 from tests.ops import cuda_emulated
 from tests.ops import test_paged as paged
 from tests.ops import test_pooled as pooled
 from tests.ops import test_refusals as refusals
 from tests.ops import test_schedules as schedules
 from tests.ops import test_sharing as sharing
-from tests.ops.paging import FEW_SHAPES, make_shape, name_of
+from tests.ops.paging import FEW_SHAPES, check_strided, make_shape, name_of
 from tests.ops.test_paged import (  # noqa: F401
     test_a_mixed_batch_of_decodes_and_prefills,
     test_memory_off_touches_no_page,
@@ -77,6 +79,12 @@ def test_any_block_size(ops: PagedOps, shape: MemoryShape, block_size: int) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_widened_exactly(ops: PagedOps, shape: MemoryShape, dtype: torch.dtype) -> None:
     paged.test_half_precision_is_widened_exactly(ops, shape, dtype)
+
+
+@few
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_projection_may_be_columns_of_a_wider_one(ops: PagedOps, shape: MemoryShape, dtype: torch.dtype) -> None:
+    check_strided(ops, shape, dtype)
 
 
 @few
@@ -201,6 +209,25 @@ def test_a_rank_without_a_kernel_is_refused_with_the_remedy() -> None:
     world = paged.World(shape, num_blocks=2)
     with pytest.raises(RuntimeError, match="--deltamem-kernel triton"):
         world.scan(CudaOps(cuda_emulated.library()), torch.zeros(65), [(torch.zeros(1, 260), 0, [1])])
+
+
+@pytest.mark.parametrize("shape", [*FEW_SHAPES, make_shape(64), make_shape(8, 2, normalize_qk=False)], ids=name_of)
+def test_the_trial_at_start_takes_every_shape_that_is_served(shape: MemoryShape) -> None:
+    assert why_not(CudaOps(cuda_emulated.library()), torch.device("cpu"), shape) is None
+
+
+def test_a_rank_without_a_kernel_is_found_at_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trial itself runs on the CPU here, where the emulated kernels are."""
+    monkeypatch.setattr(dispatch, "find_library", lambda name: cuda_emulated.library())
+    monkeypatch.setattr(dispatch, "why_not", lambda ops, device, shape: why_not(ops, torch.device("cpu"), shape))
+    dispatch.select.cache_clear()
+    assert isinstance(dispatch.select("cuda", shape=make_shape(64)), CudaOps)
+    assert not isinstance(dispatch.select("cuda", shape=make_shape(65)), CudaOps)
+    dispatch.select.cache_clear()
+    assert "the CUDA kernels serve ranks from 1 to 64, got rank 65" in caplog.text
+    assert "use --deltamem-kernel triton" in caplog.text
 
 
 #: One architecture each day, all that wheels are built for at night: a compilation takes about 15 s.

@@ -12,6 +12,7 @@ from tests.ops.paging import (
     SHAPES,
     UNTOUCHED,
     World,
+    check_strided,
     int32,
     make_shape,
     name_of,
@@ -86,17 +87,7 @@ def test_half_precision_is_widened_exactly(ops: PagedOps, shape: MemoryShape, dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_columns_of_a_wider_matrix(ops: PagedOps, shape: MemoryShape, dtype: torch.dtype) -> None:
     """``projected`` may be a slice of what one GEMM made for several users; what lies beside it is never looked at."""
-    projected, bias, state = random_inputs(shape, 40)
-    projected = projected.to(dtype)
-    results = []
-    for beside in (0, 3):
-        world = World(shape)
-        for block in (BLOCKS[0], 1):
-            world.seed(block, state)
-        requests = [(projected, 0, BLOCKS), (projected[:1], 0, [1])]
-        results.append((world.scan(ops, bias, requests, extra_rows=2, beside=beside), world.pages))
-    for plain, sliced in zip(*results, strict=True):
-        assert torch.equal(plain, sliced)
+    check_strided(ops, shape, dtype)
 
 
 @few_shapes

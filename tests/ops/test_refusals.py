@@ -38,6 +38,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "columns": (lambda a: {"projected": torch.zeros(5, 3)}, "projected"),
     "columns apart": (lambda a: {"projected": torch.zeros(SHAPE.projected_columns, 5).T}, "projected"),
     "double": (lambda a: {"projected": a["projected"].double()}, "projected"),
+    "transposed projection": (lambda a: {"projected": torch.zeros(SHAPE.projected_columns, 5).T}, "projected"),
+    "overlapping rows": (
+        lambda a: {"projected": torch.zeros(500).as_strided((5, SHAPE.projected_columns), (2, 1))},
+        "projected",
+    ),
     "bias": (lambda a: {"bias": torch.zeros(1)}, "bias"),
     "bias dtype": (lambda a: {"bias": a["bias"].bfloat16()}, "bias"),
     "narrow pages": (lambda a: {"pages": a["pages"][:, :10]}, "pages"),

@@ -38,7 +38,7 @@ def one_long_and_a_short(world: World, ops: PagedOps) -> Tensor:
     world.mask(blocks, range(9, 50, 3))
     head = world.scan(ops, bias, [(projected[:21], 0, blocks)])
     rest = [(projected[21:], 21, blocks), (projected[:5], 0, [off]), (projected[:SHORT], 0, other)]
-    return torch.cat([head, world.scan(ops, bias, rest, extra_rows=3, beside=5)])
+    return torch.cat([head, world.scan(ops, bias, rest, extra_rows=3, strided=True)])
 
 
 def many_short(world: World, ops: PagedOps) -> Tensor:
