@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv services demo serve test nightly lint bench bench-gpu clean
+.PHONY: help venv services cross demo serve test nightly lint bench bench-gpu clean
 
 help:
 	@echo 'make demo     a conversation with and without memory, through kill -9, restart and deletion'
@@ -48,7 +48,12 @@ services:
 test: venv services
 	@exec $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-nightly: venv services
+# What only the campaigns need: a compiler for aarch64 and an emulator.
+cross:
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null || \
+	{ echo 'installing a cross-compiler and qemu (Debian packages)'; deploy/ci/install-cross.sh >/dev/null; }
+
+nightly: venv services cross
 	@exec env DELTAMEM_NIGHTLY=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout 7200 $(PYTEST_ARGS)
 
 lint: venv

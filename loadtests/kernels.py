@@ -171,8 +171,8 @@ def main() -> None:
         table.add_row(arm, str(row["threads"]), str(row["rank"]), str(row["heads"]), *ns, *us)
     console = Console()
     console.print(
-        f"ns per token and layer over {args.tokens} tokens; µs per decode step of 1, 8 and 64 requests and layer, half a "
-        f"block to replay; median of {args.repeats}"
+        f"ns per token and layer over {args.tokens} tokens; µs per decode step of 1, 8 and 64 requests and layer, half "
+        f"a block to replay; median of {args.repeats}"
     )
     console.print(table)
 
