@@ -163,6 +163,11 @@ class Engine:
         states: list[bytes] = self._call(CALL_SECONDS, "pool_states")
         return states
 
+    def wrapped_layers(self) -> list[dict[str, dict[str, str]]]:
+        """See `tests.engine.inside.wrapped_layers`; needs `ASK_INSIDE` in the environment."""
+        layers: list[dict[str, dict[str, str]]] = self._call(CALL_SECONDS, "wrapped_layers")
+        return layers
+
     def plant(self, bug: str) -> None:
         """Plant a bug in the session pools (see `tests.engine.inside.plant`; needs `ASK_INSIDE`), or in a ``stepped``
         engine (see `tests.engine.stepping`)."""

@@ -17,6 +17,23 @@ def pool_states(worker: Any) -> list[bytes]:
     return [state.numpy().tobytes() for state in _pool(worker).states.cpu()]
 
 
+def wrapped_layers(worker: Any) -> list[dict[str, dict[str, str]]]:
+    """Per attention module with a memory: how its ``linears`` compute, and the dtypes of the memory's ``buffers``."""
+    return [
+        {
+            "linears": {name: _method(child) for name, child in module.named_children() if name.endswith("_proj")},
+            "buffers": {name: str(buffer.dtype) for name, buffer in module.deltamem.named_buffers()},
+        }
+        for module in worker.get_model().modules()
+        if "deltamem" in dict(module.named_children())
+    ]
+
+
+def _method(linear: Any) -> str:
+    """Name of a linear's quantisation scheme, or of its method where that has none."""
+    return type(getattr(linear, "scheme", None) or linear.quant_method).__name__
+
+
 def plant(worker: Any, bug: str) -> None:
     """PLANTED BUGS in the session pool, until ``none`` removes them: a suite that does not see them shows nothing.
 

@@ -71,11 +71,15 @@ class PlainModel:
                 reads, after[layer] = memory.scan(h, (states or {}).get(layer), unwritten)
             hidden = hidden + self._attention(layer, own, h, reads)
             h = _rms(hidden, own["post_attention_layernorm.weight"], eps)
-            gate, up = h @ own["mlp.gate_proj.weight"].T, h @ own["mlp.up_proj.weight"].T
-            hidden = hidden + (F.silu(gate) * up) @ own["mlp.down_proj.weight"].T
+            gate, up = (self.linear(h, own[f"mlp.{name}_proj.weight"]) for name in ("gate", "up"))
+            hidden = hidden + self.linear(F.silu(gate) * up, own["mlp.down_proj.weight"])
         hidden = _rms(hidden, weights["model.norm.weight"], eps)
         head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
         return torch.log_softmax((hidden @ head.T).double(), -1), after
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """One of a layer's projections, ``x [T, in]`` · ``weight [out, in]``ᵀ."""
+        return x @ weight.T
 
     def _attention(self, layer: int, own: Weights, h: Tensor, reads: Tensor | None) -> Tensor:
         config, memory, length = self.config, self.memory.get(layer), len(h)
@@ -83,7 +87,7 @@ class PlainModel:
         size = config.get("head_dim") or config["hidden_size"] // heads
         parts = {}
         for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            x = h @ own[f"self_attn.{name}_proj.weight"].T
+            x = self.linear(h, own[f"self_attn.{name}_proj.weight"])
             if memory is not None and reads is not None:
                 x = x + memory.correction(name, reads, x.shape[-1])
             x = x.view(length, count, size)
@@ -99,7 +103,7 @@ class PlainModel:
         scores = q @ k.transpose(1, 2) / size**0.5
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
         out = torch.softmax(scores.masked_fill(later, float("-inf")), -1) @ v
-        out = out.transpose(0, 1).reshape(length, -1) @ own["self_attn.o_proj.weight"].T
+        out = self.linear(out.transpose(0, 1).reshape(length, -1), own["self_attn.o_proj.weight"])
         if memory is not None and reads is not None:
             out = out + memory.correction("o", reads, out.shape[-1])
         return out

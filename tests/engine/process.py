@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.engine.asking import Ask, Reply, Top
 from tests.engine.engine import Setup
-from tests.engine.inside import compiled_graphs, plant, pool_states
+from tests.engine.inside import compiled_graphs, plant, pool_states, wrapped_layers
 from tests.engine.stepping import Aborted, Stepped, stepped
 
 TOP = 20
@@ -105,6 +105,10 @@ class Served:
     def pool_states(self) -> list[bytes]:
         """See `Engine.pool_states`."""
         return list(self.llm.collective_rpc(pool_states)[0])
+
+    def wrapped_layers(self) -> list[dict[str, dict[str, str]]]:
+        """See `Engine.wrapped_layers`."""
+        return list(self.llm.collective_rpc(wrapped_layers)[0])
 
     def plant(self, bug: str) -> None:
         """See `Engine.plant`."""
