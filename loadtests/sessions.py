@@ -70,9 +70,12 @@ def bare(folder: Path, size: int, count: int) -> list[Row]:
             os.fdatasync(log)
 
     file = apsw.Connection(str(folder / "bare.db"))
-    file.execute(
-        "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; CREATE TABLE t (id INTEGER PRIMARY KEY, b BLOB)"
-    )
+    for statement in (
+        "PRAGMA journal_mode = WAL",
+        "PRAGMA synchronous = FULL",
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, b BLOB)",
+    ):
+        file.execute(statement).fetchall()
 
     def insert() -> None:
         for turn in range(groups):
