@@ -2,13 +2,13 @@
 
 import sys
 
-from loadtests import commits, hooks, kernels
+from loadtests import hooks, kernels, sessions
 
 
 def main() -> None:
     """Run them with their default sizes."""
     del sys.argv[1:]
-    for name, benchmark in (("delta-rule operators", kernels), ("durable commits", commits), ("engine hooks", hooks)):
+    for name, benchmark in (("delta-rule operators", kernels), ("sessions", sessions), ("engine hooks", hooks)):
         print(f"\n{name}", flush=True)  # noqa: T201
         benchmark.main()
 

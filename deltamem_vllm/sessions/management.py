@@ -17,7 +17,7 @@ from deltamem_vllm.sessions import windows
 from deltamem_vllm.sessions.attributes import Attributes, pack, unpack
 from deltamem_vllm.sessions.changes import Make, Match, blank, change, check_match, not_found, turn
 from deltamem_vllm.sessions.directory import Session
-from deltamem_vllm.store import codec
+from deltamem_vllm.store import codec, parts
 from deltamem_vllm.store.protocol import MAX_ATTRIBUTES_BYTES, Record, SessionInfo, SessionKey
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def _check_norms(record: Record) -> None:
 async def record_limit(service: "SessionService") -> int:
     """The most bytes that an exported session of this server's shape can have."""
     states = 2 * 4 * int(np.prod(service.state_shape))
-    return states + codec.MAX_METADATA_BYTES + codec.MAX_WINDOW_BYTES + MAX_ATTRIBUTES_BYTES + 4096
+    return states + codec.MAX_METADATA_BYTES + parts.MAX_WINDOW_BYTES + MAX_ATTRIBUTES_BYTES + 4096
 
 
 async def erase(service: "SessionService", key: SessionKey, if_match: Match = None) -> dict[str, Any]:

@@ -11,11 +11,11 @@ the writer.
 Processes: SQLite's own locks; each process opens the store itself, and never after a fork with the store
 open.
 
-Tables and statements: ``sqlite_schema``. Files and errors: ``sqlite_file``.
+Tables and statements: ``sqlite_schema``. What a write does inside its transaction: ``sqlite_changes``. Files and
+errors: ``sqlite_file``.
 """
 
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ import apsw
 from deltamem_vllm.errors import ConfigError, CorruptRecord, StoreError, StoreUnavailable
 from deltamem_vllm.store import sqlite_file, sqlite_schema
 from deltamem_vllm.store.codec import MAX_RECORD_BYTES, PLAIN, RecordCodec
-from deltamem_vllm.store.ledger import View, check_keep, decide, roll_back
+from deltamem_vllm.store.ledger import check_keep, roll_back
 from deltamem_vllm.store.protocol import (
     Expect,
     Keys,
@@ -43,11 +43,15 @@ from deltamem_vllm.store.protocol import (
     Usage,
     id_range,
 )
+from deltamem_vllm.store.sqlite_changes import Encoded, delete, put_group
 from deltamem_vllm.store.sqlite_file import create_private, retry_busy, translated
 from deltamem_vllm.store.verify import Verifier
 
 _Rows = list[Any]  # here, because ``list`` is a method of the store
 _IDLE_READERS = 8
+_LOG_PAGES = 4000
+"""After so many pages (16 MiB) a commit also folds the log into the file and syncs both. Each page that several commits
+have changed is then written once, so that seldom is cheaper."""
 _APPLICATION_ID = 0x444D454D  # "DMEM", so that file(1) and we can tell whose database it is
 
 
@@ -128,7 +132,7 @@ class SQLiteStore:
 
     def usage(self, tenant: str) -> Usage:
         rows = self._read("read", sqlite_schema.USAGE, (tenant,))
-        return Usage(*rows[0]) if rows else Usage()
+        return Usage(*rows[0][1:]) if rows else Usage()
 
     # --- writing --------------------------------------------------------------------------------------------
 
@@ -139,21 +143,20 @@ class SQLiteStore:
 
     def put_many(self, puts: Sequence[Put]) -> Outcomes:
         outcomes: Outcomes = [None] * len(puts)
-        blobs: dict[int, bytes] = {}
-        for index, (record, _) in enumerate(puts):
+        encoded: Encoded = {}
+        for index, (record, expect) in enumerate(puts):
             try:
-                blobs[index] = self.codec.encode(record)
+                encoded[index] = (record, expect, self.codec.encode(record))
             except CorruptRecord as error:
                 outcomes[index] = error
-        if not blobs:
+        if not encoded:
             return outcomes
-        found: dict[int, Outcome] = {}
+        found: dict[int, Outcome]
         try:
             with self._transaction() as writer:
-                for index, blob in blobs.items():
-                    found[index] = self._put(writer, *puts[index], blob)
+                found = put_group(writer, encoded, self.quota, self.keep)
         except StoreError as error:
-            found = dict.fromkeys(blobs, error)  # rolled back as one: a stale item may be so no more
+            found = dict.fromkeys(encoded, error)  # rolled back as one: a stale item may be so no more
         for index, outcome in found.items():
             outcomes[index] = outcome
             if outcome is None:
@@ -166,7 +169,7 @@ class SQLiteStore:
 
     def delete(self, key: SessionKey) -> bool:
         with self._transaction() as writer:
-            existed = _delete(writer, key)
+            existed = delete(writer, key)
         self._verify.forget(key)
         self._truncate_log(f"session {key.session!r} is deleted")
         return existed
@@ -179,7 +182,7 @@ class SQLiteStore:
         if not keys:
             return []
         with self._transaction() as writer:
-            gone = [key for key in keys if _delete(writer, key, until)]
+            gone = [key for key in keys if delete(writer, key, until)]
         for key in gone:
             self._verify.forget(key)
         if gone:
@@ -233,43 +236,6 @@ class SQLiteStore:
             with contextlib.suppress(apsw.Error):  # the last one to close also folds the log into the file
                 self._writer.close()
 
-    def _put(self, writer: apsw.Connection, record: Record, expect: Expect | None, blob: bytes) -> Outcome:
-        """Compare and set one session inside the open transaction."""
-        name = (record.key.tenant, record.key.session)
-        head: Any = writer.execute(sqlite_schema.HEAD, name).fetchone()
-        kept: Any = writer.execute(sqlite_schema.KEPT, name).fetchall()
-        used: Any = writer.execute(sqlite_schema.USAGE, name[:1]).fetchone()
-        view = View(head, {version: (request_id, size) for version, request_id, size in kept})
-        try:
-            change = decide(record, expect, len(blob), view, Usage(*used or ()), self.quota, self.keep)
-        except StoreError as error:
-            return error
-        if change is None:
-            return None
-        row = (
-            *name,
-            int(record.version),
-            record.incarnation,
-            record.request_id,
-            float(record.created_at),
-            float(record.updated_at),
-            int(record.tokens),
-            int(record.windows),
-            len(blob),
-            blob,
-        )
-        if change.created:
-            writer.execute(sqlite_schema.NEW_USAGE, name[:1])
-        writer.execute(sqlite_schema.PUT_HEAD, (*row[:5], row[6]))
-        for version in change.trim[1:]:
-            writer.execute(sqlite_schema.TRIM, (*name, version))
-        if change.trim:
-            writer.execute(sqlite_schema.REPLACE_VERSION, (*row, change.trim[0]))
-        else:
-            writer.execute(sqlite_schema.INSERT_VERSION, row)
-        writer.execute(sqlite_schema.ADD_USAGE, (name[0], int(change.created), change.grown))
-        return None
-
     def _truncate_log(self, done: str) -> None:
         """Empty the log, so that no older image of a page is left.
 
@@ -299,8 +265,15 @@ class SQLiteStore:
         writer = self._writer
         self._schema()  # before anything is changed: the file may be another program's
         retry_busy(lambda: writer.execute("PRAGMA journal_mode = WAL").fetchall())
-        writer.execute("PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA secure_delete = ON")
-        writer.execute("PRAGMA journal_size_limit = 67108864; PRAGMA trusted_schema = OFF")
+        for setting in (
+            "synchronous = FULL",
+            "fullfsync = ON",
+            "secure_delete = ON",
+            "journal_size_limit = 67108864",
+            "trusted_schema = OFF",
+            f"wal_autocheckpoint = {_LOG_PAGES}",
+        ):  # one by one: some answer with a row, and what stands behind those would wait until it is fetched
+            writer.execute(f"PRAGMA {setting}").fetchall()
         writer.execute("BEGIN IMMEDIATE")
         with self._rollback_on_error():
             version = self._schema()
@@ -369,16 +342,3 @@ class SQLiteStore:
                     self._readers.append(reader)
             if not keep:
                 reader.close()
-
-
-def _delete(writer: apsw.Connection, key: SessionKey, until: float = math.inf) -> bool:
-    """Delete a session inside the open transaction, unless it was updated after ``until``; whether it did."""
-    name = (key.tenant, key.session)
-    if not writer.execute(sqlite_schema.IDLE_SINCE, (*name, until)).fetchone():
-        return False
-    kept: Any = writer.execute(sqlite_schema.KEPT, name).fetchall()
-    writer.execute("DELETE FROM versions WHERE tenant = ? AND session = ?", name)
-    writer.execute("DELETE FROM sessions WHERE tenant = ? AND session = ?", name)
-    writer.execute(sqlite_schema.ADD_USAGE, (key.tenant, -1, -sum(size for _, _, size in kept)))
-    writer.execute(sqlite_schema.DROP_USAGE, (key.tenant,))
-    return True

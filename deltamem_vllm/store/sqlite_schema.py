@@ -64,8 +64,8 @@ MIGRATIONS = (
 )
 """``MIGRATIONS[n]`` brings a file from ``user_version`` n to n+1. Entries are never edited, only added."""
 
-HEAD = "SELECT version, incarnation, request_id FROM sessions WHERE tenant = ? AND session = ?"
-KEPT = "SELECT version, request_id, bytes FROM versions WHERE tenant = ? AND session = ?"
+HEAD = "SELECT tenant, session, version, incarnation, request_id FROM sessions WHERE tenant = ? AND session = ?"
+KEPT = "SELECT tenant, session, version, request_id, bytes FROM versions WHERE tenant = ? AND session = ?"
 GET = """
     SELECT h.version, h.incarnation, h.request_id, CASE WHEN length(v.blob) <= ?1 THEN v.blob END
     FROM sessions h LEFT JOIN versions v ON (v.tenant, v.session, v.version) = (h.tenant, h.session, h.version)
@@ -91,7 +91,7 @@ REPLACE_VERSION = """
     WHERE tenant = ?1 AND session = ?2 AND version = ?12
 """
 TRIM = "DELETE FROM versions WHERE tenant = ? AND session = ? AND version = ?"
-USAGE = "SELECT sessions, bytes FROM tenants WHERE tenant = ?"
+USAGE = "SELECT tenant, sessions, bytes FROM tenants WHERE tenant = ?"
 NEW_USAGE = "INSERT INTO tenants (tenant, sessions, bytes) VALUES (?, 0, 0) ON CONFLICT DO NOTHING"
 ADD_USAGE = "UPDATE tenants SET sessions = sessions + ?2, bytes = bytes + ?3 WHERE tenant = ?1"
 DROP_USAGE = "DELETE FROM tenants WHERE tenant = ? AND sessions = 0"

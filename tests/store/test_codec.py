@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import random
@@ -14,7 +15,7 @@ import pytest
 from safetensors.numpy import save
 
 from deltamem_vllm.errors import CorruptRecord
-from deltamem_vllm.store import codec
+from deltamem_vllm.store import codec, parts
 from deltamem_vllm.store.codec import decode, encode, parse_layout
 from deltamem_vllm.store.protocol import MAX_ATTRIBUTES_BYTES, Record, SessionKey
 from tests.store.old_formats import format1
@@ -212,6 +213,55 @@ def test_decode_names_what_failed() -> None:
             decode(bad, key=KEY)
 
 
+# --- the short ways are the long ones -------------------------------------------------------------------------
+
+
+def test_metadata_is_what_json_makes_of_it() -> None:
+    """Whatever the texts and numbers: JSON with sorted keys and no spaces, and it comes back the same."""
+    rng = random.Random(7)
+    letters = 'aZ09/"\\\t\x1f\x7fü€\U0001f600\u2028'
+    for _ in range(2000):
+        texts = ["".join(rng.choices(letters, k=rng.randint(1, 20))) for _ in range(5)]
+        seconds = [rng.choice([rng.random() * 10.0 ** rng.randint(-9, 11), float(rng.randrange(10**9))]) for _ in "cu"]
+        made = record(
+            rng.randint(1, 2**63 - 1), SessionKey(texts[0], texts[1]), layout="L1H1r1", request_id=texts[2],
+            adapter=texts[3], model=texts[4], created_at=seconds[0], updated_at=seconds[1],
+            tokens=rng.randrange(2**63), windows=rng.randrange(2**63),
+        )  # fmt: skip
+        names = ("adapter", "created_at", "incarnation", "layout", "model", "request_id")
+        names += ("tokens", "updated_at", "version", "windows")
+        fields = {name: getattr(made, name) for name in names} | {"tenant": texts[0], "session": texts[1]}
+        expected = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        assert parts.metadata_of(made) == expected
+        assert parts.parse_metadata(expected) == fields
+        assert encode(decode(encode(made), key=made.key)) == encode(made)
+
+
+@pytest.mark.parametrize("layout", ["L3H1r8", "L1H1r1", "L36H1r8", "L2H4r16"])
+def test_a_payload_is_what_safetensors_makes_of_it(layout: str) -> None:
+    made = record(layout=layout)
+    payload = save({"base": made.base, "end": made.end})
+    assert b"".join(parts.payload_of(made)) == payload
+    longer = struct.pack("<Q", struct.unpack_from("<Q", payload)[0] + 8) + payload[8:]
+    at = 8 + struct.unpack_from("<Q", payload)[0]
+    longer = longer[:at] + b" " * 8 + longer[at:]
+    for data in (payload, longer):  # the latter has another header, which only the library reads
+        base, end = parts.parse_payload(data, parse_layout(layout))
+        assert (base.tobytes(), end.tobytes()) == (made.base.tobytes(), made.end.tobytes())
+        assert base.flags.owndata
+        assert end.flags.writeable
+
+
+def test_the_bound_on_entries_is_exact() -> None:
+    """A sum of squares decides alone only where it must be right."""
+    full = np.full((3, 1, 8, 8), bound := np.float32(parts.MAX_ABS), np.float32)
+    for least in (1.0, -1.0):
+        assert decode(encode(record(base=full * np.float32(least)))).base[0, 0, 0, 0] == bound * least
+        assert decode(encode(record(base=poisoned(least * 1e6)))).base[1, 0, 2, 3] == bound * least
+        with pytest.raises(CorruptRecord, match="base holds 1e\\+06"):
+            encode(record(base=poisoned(least * float(np.nextafter(bound, np.float32(np.inf))))))
+
+
 # --- fuzz ---------------------------------------------------------------------------------------------------
 
 
@@ -311,5 +361,5 @@ def test_fuzz_catches_a_skipped_checksum(monkeypatch: pytest.MonkeyPatch) -> Non
         def __ne__(self, other: object) -> bool:
             return False
 
-    monkeypatch.setattr(codec, "_checksum", lambda data: Anything(32))
+    monkeypatch.setattr(codec, "checksum", lambda data: Anything(32))
     assert accepted(lambda data: decode(data, key=KEY), 2000) > 0

@@ -51,6 +51,7 @@ def test_settings_that_durability_rests_on(store: SQLiteStore) -> None:
         return store._writer.execute(f"PRAGMA {name}").fetchall()[0][0]
 
     assert (value("journal_mode"), value("synchronous"), value("secure_delete")) == ("wal", 2, 1)
+    assert (value("trusted_schema"), value("fullfsync")) == (0, 1)
     assert (value("user_version"), value("application_id")) == (len(sqlite_schema.MIGRATIONS), 0x444D454D)
 
 

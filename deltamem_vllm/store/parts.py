@@ -1,0 +1,213 @@
+"""What is in a record, as bytes and back: its fields as canonical JSON, its states as safetensors, and the bounds on
+all of them. The frame around them is ``codec``.
+
+A commit and a restore pass through here once each, with the hot path short: JSON whose form is fixed is written by
+one format string; the safetensors header, which depends on the shape alone, is made once per shape and compared; a
+sum of squares shows in one pass that no entry is too large. Whatever does not fit the short path takes the long one,
+which says what is wrong.
+"""
+
+import functools
+import math
+import re
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
+
+import msgspec
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from deltamem_vllm.errors import CorruptRecord
+from deltamem_vllm.store.protocol import MAX_ATTRIBUTES_BYTES, Array, Record, SessionKey
+
+MAX_WINDOW_BYTES = 16 * 1024
+MAX_STATE_BYTES = 32 * 1024 * 1024
+"""Bound on one state. Qwen3-4B has 9,216 B; the largest layout we can imagine stays far below."""
+MAX_ABS = 1e6
+"""Bound on a state's entries. Trained memories stay below about 1e2; more than this is an attack or a bug."""
+SAFETENSORS_OVERHEAD = 1024  # its header for two tensors takes about 200 bytes
+
+_LAYOUT = re.compile(r"L([1-9]\d{0,3})H([1-9]\d{0,3})r([1-9]\d{0,3})", re.ASCII)
+_INCARNATION = re.compile(r"[0-9a-f]{8,64}", re.ASCII)
+_INT_MAX = 2**63 - 1
+_FIELDS: dict[str, type] = {
+    "adapter": str,
+    "created_at": float,
+    "incarnation": str,
+    "layout": str,
+    "model": str,
+    "request_id": str,
+    "session": str,
+    "tenant": str,
+    "tokens": int,
+    "updated_at": float,
+    "version": int,
+    "windows": int,
+}
+_decode_json = msgspec.json.Decoder().decode
+_FP32 = np.dtype("<f4")
+_SURELY_SMALL = MAX_ABS**2 / 4
+"""Where the sum of an array's squares is at most this, no entry exceeds ``MAX_ABS``, whatever the sum's rounding."""
+Shape = tuple[int, int, int, int]
+
+
+@functools.lru_cache(maxsize=256)
+def parse_layout(layout: str) -> Shape:
+    """The shape [L, H, r, r] of a state whose layout is ``L<layers>H<heads>r<rank>``.
+
+    Raises:
+        CorruptRecord: another form, or a state over ``MAX_STATE_BYTES``.
+    """
+    found = _LAYOUT.fullmatch(layout)
+    if found is None:
+        raise CorruptRecord(f"layout {layout[:64]!r} is not of the form L36H1r8")
+    layers, heads, rank = map(int, found.groups())
+    if 4 * layers * heads * rank * rank > MAX_STATE_BYTES:
+        raise CorruptRecord(f"layout {layout!r} needs more than {MAX_STATE_BYTES} bytes per state")
+    return layers, heads, rank, rank
+
+
+def metadata_of(record: Record) -> bytes:
+    """All fields of a checked record but the states, the window and the attributes, as JSON with sorted keys and no
+    spaces."""
+    return (
+        f'{{"adapter":{quoted(record.adapter)},"created_at":{float(record.created_at)!r},'
+        f'"incarnation":{quoted(record.incarnation)},"layout":{quoted(record.layout)},'
+        f'"model":{quoted(record.model)},"request_id":{quoted(record.request_id)},'
+        f'"session":{quoted(record.key.session)},"tenant":{quoted(record.key.tenant)},'
+        f'"tokens":{int(record.tokens)},"updated_at":{float(record.updated_at)!r},'
+        f'"version":{int(record.version)},"windows":{int(record.windows)}}}'
+    ).encode("ascii")
+
+
+def parse_metadata(data: bytes) -> dict[str, Any]:
+    """The fields of a record's metadata, exactly those of ``_FIELDS`` and with their types.
+
+    Raises:
+        CorruptRecord: naming what failed.
+    """
+    try:
+        fields = _decode_json(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise CorruptRecord(f"metadata is not JSON: {error}") from None
+    if not isinstance(fields, dict) or fields.keys() != _FIELDS.keys():
+        raise CorruptRecord(f"metadata must have exactly the fields {', '.join(_FIELDS)}")
+    for name, kind in _FIELDS.items():
+        if type(fields[name]) is not kind:
+            raise CorruptRecord(f"metadata field {name} is {type(fields[name]).__name__}, not {kind.__name__}")
+    return fields
+
+
+def key_of(fields: dict[str, Any], expected: SessionKey | None) -> SessionKey:
+    """The key in metadata; takes it out of ``fields``.
+
+    Args:
+        expected: the only key that is accepted; None: any that is valid.
+
+    Raises:
+        CorruptRecord: another one, or none that is valid.
+    """
+    tenant, session = fields.pop("tenant"), fields.pop("session")
+    if expected is not None and tenant == expected.tenant and session == expected.session:
+        return expected  # it was checked when it was made
+    try:
+        own = SessionKey(tenant, session)
+    except ValueError as error:
+        raise CorruptRecord(f"key: {error}") from None
+    if expected is not None:
+        raise CorruptRecord(f"the record stored for session {expected.session!r} belongs to another session")
+    return own
+
+
+def payload_of(record: Record) -> tuple[bytes, memoryview, memoryview]:
+    """What ``safetensors.save`` makes of base and end, as pieces to be joined: its header, and both states."""
+    base, end = np.ascontiguousarray(record.base), np.ascontiguousarray(record.end)
+    return _safetensors_header(base.shape), base.data, end.data
+
+
+def parse_payload(data: bytes, shape: Shape) -> tuple[Array, Array]:
+    """base and end, [L, H, r, r] fp32, copied out of a safetensors payload.
+
+    Raises:
+        CorruptRecord: naming what failed.
+    """
+    count = math.prod(shape)
+    if not 8 * count < len(data) <= 8 * count + SAFETENSORS_OVERHEAD:
+        raise CorruptRecord(f"a payload of {len(data)} bytes cannot hold two states of shape {shape}")
+    header = _safetensors_header(shape)
+    if len(data) == len(header) + 8 * count and data.startswith(header):
+        base = np.frombuffer(data, _FP32, count, len(header))
+        end = np.frombuffer(data, _FP32, count, len(header) + 4 * count)
+        return base.reshape(shape).copy(), end.reshape(shape).copy()
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CorruptRecord(f"payload is not safetensors: {error}") from None
+    if tensors.keys() != {"base", "end"}:
+        raise CorruptRecord("payload must have exactly the tensors base and end")
+    for name, tensor in tensors.items():
+        if tensor.dtype != np.float32 or tensor.shape != shape:
+            raise CorruptRecord(f"{name} is {tensor.dtype} {tensor.shape}, not float32 {shape}")
+    return tensors["base"].copy(), tensors["end"].copy()
+
+
+@functools.lru_cache(maxsize=64)
+def _safetensors_header(shape: tuple[int, ...]) -> bytes:
+    """What ``safetensors.save`` writes before two states of this shape, base first."""
+    empty = np.zeros(shape, np.float32)
+    return bytes(save({"base": empty, "end": empty})[: -2 * empty.nbytes])
+
+
+def bound(name: str, size: int, limit: int) -> None:
+    """Refuse a part that is over its limit."""
+    if size > limit:
+        raise CorruptRecord(f"{name} of {size} bytes; the limit is {limit}")
+
+
+def check(record: Record) -> None:
+    """Refuse a record with a field out of its bounds; used on both sides, so that what is written can be read.
+
+    Raises:
+        CorruptRecord: naming the field.
+    """
+    shape = parse_layout(record.layout)
+    for name, state in (("base", record.base), ("end", record.end)):
+        if state.dtype != np.float32 or state.shape != shape:
+            raise CorruptRecord(f"{name} is {state.dtype} {state.shape}; layout {record.layout} needs float32 {shape}")
+        if not np.vdot(state, state) <= _SURELY_SMALL:  # else look for the largest; also true for NaN
+            largest = float(np.abs(state).max())
+            if not largest <= MAX_ABS:
+                raise CorruptRecord(f"{name} holds {largest:g}; entries must be finite and at most {MAX_ABS:g}")
+    for name, part, limit in (
+        ("window", record.window, MAX_WINDOW_BYTES),
+        ("attributes", record.attributes, MAX_ATTRIBUTES_BYTES),
+    ):
+        if not isinstance(part, bytes):
+            raise CorruptRecord(f"{name} must be bytes, not {type(part).__name__}")
+        bound(name, len(part), limit)
+    for name, number, least in (
+        ("version", record.version, 1),
+        ("tokens", record.tokens, 0),
+        ("windows", record.windows, 0),
+    ):
+        if not least <= number <= _INT_MAX:
+            raise CorruptRecord(f"{name} {number} is not in [{least}, 2**63)")
+    for name, seconds in (("created_at", record.created_at), ("updated_at", record.updated_at)):
+        if not 0 <= seconds < 1e12:
+            raise CorruptRecord(f"{name} {seconds} is not a time in seconds")
+    for name, text, least in (
+        ("request_id", record.request_id, 1),
+        ("adapter", record.adapter, 0),
+        ("model", record.model, 0),
+    ):
+        try:
+            size = len(text) if text.isascii() else len(text.encode())
+        except UnicodeEncodeError:
+            raise CorruptRecord(f"{name} is not valid Unicode") from None
+        if not least <= size <= 256:
+            raise CorruptRecord(f"{name} must have {least} to 256 bytes of UTF-8, not {size}")
+        if "\0" in text:  # PostgreSQL's text cannot hold it
+            raise CorruptRecord(f"{name} holds a NUL")
+    if not _INCARNATION.fullmatch(record.incarnation):
+        raise CorruptRecord(f"incarnation {record.incarnation[:64]!r} is not 8 to 64 lower-case hex digits")
