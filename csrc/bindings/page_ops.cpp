@@ -66,8 +66,10 @@ void in_parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
 
 void check_projected(const deltamem::Shape& shape, const Tensor& projected) {
   check("projected", projected, projected.scalar_type(), {-1, shape.projected_columns()});
-  require(projected.size(0) == 0 || projected.stride(1) == 1,
-          "projected: the columns of a row must be contiguous, got stride ", projected.stride(1));
+  const bool overlap = projected.size(0) > 1 && projected.stride(0) < shape.projected_columns();
+  require(projected.size(0) == 0 || (projected.stride(1) == 1 && !overlap),
+          "projected: the columns of a row must be contiguous and rows must not overlap, got strides ",
+          projected.stride(0), ", ", projected.stride(1));
 }
 
 // Every index that the kernel will follow; throws before anything has changed.

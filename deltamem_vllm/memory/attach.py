@@ -42,7 +42,8 @@ def attach_memory(model: nn.Module, vllm_config: VllmConfig) -> None:
             f"for the adapter's layers {sorted(adapter.layers)}: this backbone is not supported"
         )
     logger.info(
-        "δ-mem: %d attention layers wrapped (%d projected by qkv_proj), rank %d, %d state head(s), corrections %s, adapter %s",
+        "δ-mem: %d attention layers wrapped (%d projected by qkv_proj), rank %d, %d state head(s), corrections %s, "
+        "adapter %s",
         wrapped,
         appended,
         adapter.config.rank,
