@@ -2,8 +2,7 @@
 
 vLLM's own draining (``--shutdown-timeout``) asks the engine to end when its last request has, which is before the
 outcomes of those requests were asked for, and with several API processes closes these first. So here the engine is
-asked only when no response is under way any more: it then ends at once, with nothing to lose, and gives back its
-leases.
+asked only when no response is under way any more, and with it no commit and no lease: it has nothing to lose then.
 """
 
 import logging
@@ -17,8 +16,7 @@ from deltamem_vllm.errors import CapacityError
 logger = logging.getLogger("vllm.deltamem")
 
 ENGINE_SECONDS = 5.0
-"""What of the time is left to the engines, to save what waits for the store and give back their leases; a third where
-the whole is short."""
+"""What of the time is left to the engines, to save what still waits for the store; a third where the whole is short."""
 ABORT_SECONDS = 2.0
 """How long requests that were cut short may take to be told."""
 RETRY_SECONDS = 5.0

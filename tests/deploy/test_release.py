@@ -89,9 +89,9 @@ def test_the_bill_of_materials_names_what_runs(released: Released) -> None:
 def test_it_runs_where_nothing_else_of_ours_is(released: Released, tmp_path: Path) -> None:
     """In an environment with the wheel alone, that sees the packages of this one but not its editable install."""
     made = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", made], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", made], check=True, timeout=120)
     python = made / "bin" / "python"
-    command = [python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-warn-conflicts", released.wheel]
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", released.wheel]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     [site] = made.glob("lib/python*/site-packages")
     seen = Path(next(path for path in sys.path if path.endswith("site-packages")))

@@ -23,8 +23,10 @@ from tests.server.talk import Talk, new_session, outcome, refused
 from tests.store import services
 
 API_SERVERS = 2 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 1
-SECONDS = 15
-"""--shutdown-timeout; requests have 15 - 5 - 2 of them."""
+SECONDS = 20
+"""--shutdown-timeout; requests have 20 - 5 - 2 of them."""
+TOO_LONG = {"step_seconds": 0.03}
+"""A pace at which 900 tokens take longer than that."""
 LEASE = 600
 """Seconds; nobody here waits so long for a lease that was not given back."""
 pytestmark = pytest.mark.timeout(900)
@@ -78,7 +80,8 @@ class UnderWay:
     """
 
     def __init__(self, talk: Talk) -> None:
-        self.streams = [Stream(talk, prompt(i), new_session(), n) for i, n in enumerate((30, 40, 900))]
+        kinds = ((30, PACE), (40, PACE), (900, TOO_LONG))
+        self.streams = [Stream(talk, prompt(i), new_session(), n, pace) for i, (n, pace) in enumerate(kinds)]
         for stream in self.streams:
             stream.start_writing()
         self.asked, self.queued = new_session(), self.streams[0].session
@@ -126,7 +129,7 @@ def test_a_server_that_is_drained(pair: Pair) -> None:
         assert under_way.streams[2].finish()["x-deltamem-commit"] == "aborted"
         end.join(2 * SECONDS)
         seconds = time.monotonic() - begun
-        assert seconds < SECONDS, f"it took {seconds:.1f} s"
+        assert seconds < SECONDS + 10, f"it took {seconds:.1f} s"  # vLLM kills what is left of the engine after SECONDS
         assert pair.leases() == 0
         begun = time.monotonic()
         for session, version in [(under_way.queued, "3"), (under_way.asked, "2"), (under_way.streams[2].session, "1")]:
