@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv services cross demo serve test nightly lint bench bench-gpu clean
+.PHONY: help venv services cross demo serve test nightly lint bench bench-gpu release clean
 
 help:
 	@echo 'make demo     a conversation with and without memory, through kill -9, restart and deletion'
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint     ruff and mypy'
 	@echo 'make bench    speed of the delta-rule operators and of durable commits on this machine'
 	@echo 'make bench-gpu  build, check and measure everything on one NVIDIA GPU (PY=python3: torch, Triton and nvcc, not vLLM)'
+	@echo 'make release  wheel, sdist and SBOM in dist/; the version is that of the newest git tag'
 	@echo 'make venv     only the environment ($(VENV); VENV=DIR for another)'
 	@echo 'make clean    remove the environment and everything that was built'
 
@@ -34,12 +35,12 @@ PORT ?= 8000
 serve: venv
 	@exec $(PY) -m deltamem_vllm.demo serve --port $(PORT)
 
-# Tests start PostgreSQL, Redis and a JavaScript client of their own; where the programs are missing, Debian's packages are
-# installed (root).
+# Tests start PostgreSQL, Redis and a JavaScript client of their own, and check files with Prometheus' promtool; where the
+# programs are missing, Debian's packages are installed (root).
 JAVASCRIPT = tests/server/javascript
 services:
-	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v redis-server npm >/dev/null || \
-	{ echo 'installing PostgreSQL, Redis and Node.js (Debian packages)'; deploy/ci/install-services.sh >/dev/null; }
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v redis-server npm promtool >/dev/null || \
+	{ echo 'installing PostgreSQL, Redis, Prometheus and Node.js (Debian packages)'; deploy/ci/install-services.sh >/dev/null; }
 	@cmp -s $(JAVASCRIPT)/package-lock.json $(JAVASCRIPT)/node_modules/.from || \
 	{ npm ci --prefix $(JAVASCRIPT) --prefer-offline --no-audit --no-fund --loglevel error >/dev/null && \
 	  cp $(JAVASCRIPT)/package-lock.json $(JAVASCRIPT)/node_modules/.from || \
@@ -67,6 +68,9 @@ bench: venv
 # No environment of its own: the machine's torch is the one that fits its driver.
 bench-gpu:
 	@exec $(PY) -m loadtests.gpu $(BENCH_ARGS)
+
+release: venv
+	@exec $(PY) deploy/release/release.py dist
 
 clean:
 	rm -rf $(VENV) .venv-ci build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ import asyncio
 import functools
 import importlib
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -228,3 +229,31 @@ async def end_requests_with_their_engine(engine_client: Any, seconds: float = 0.
     while not engine_client.errored:
         await asyncio.sleep(seconds)
     engine_client.output_processor.propagate_error(engine_client.dead_error)
+
+
+def before_shutdown(engine_client: Any, finish: Callable[[float, Callable[[], None]], float]) -> None:
+    """Call ``finish(seconds, abort)`` before the engines are asked to end, on another thread than the event loop's.
+
+    Args:
+        engine_client: vLLM's, whose event loop is the running one.
+        finish: gets the seconds of ``--shutdown-timeout`` and what ends all running requests of this API process;
+            returns the seconds that are left to the engines.
+
+    vllm 0.32: ``serve_http`` calls ``AsyncLLM.shutdown`` on a thread when it is signalled, and again on the event loop
+    when that has ended; until plugins are told of a shutdown. Without a timeout nothing is waited for.
+    """
+    loop, loop_thread = asyncio.get_running_loop(), threading.get_ident()
+    shutdown = engine_client.shutdown
+
+    async def abort_all() -> None:
+        await engine_client.abort(list(engine_client.output_processor.request_states), internal=True)
+
+    def abort() -> None:
+        asyncio.run_coroutine_threadsafe(abort_all(), loop)
+
+    def finish_first(timeout: float | None = None) -> None:
+        if timeout and threading.get_ident() != loop_thread:
+            timeout = finish(timeout, abort)
+        shutdown(timeout=timeout)
+
+    engine_client.shutdown = finish_first

@@ -9,13 +9,14 @@ from typing import Any
 from fastapi import FastAPI
 
 from deltamem_vllm import redaction
-from deltamem_vllm.compat import api_keys, end_requests_with_their_engine, wake_engine
+from deltamem_vllm.compat import api_keys, before_shutdown, end_requests_with_their_engine, wake_engine
 from deltamem_vllm.config import PLUGIN, Settings, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.names import Names
 from deltamem_vllm.policy import parse_policy
 from deltamem_vllm.server import elision
 from deltamem_vllm.server.chat import ChatPrompts
+from deltamem_vllm.server.drain import Drain
 from deltamem_vllm.server.fact_routes import make_fact_router
 from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import SessionMiddleware
@@ -37,10 +38,12 @@ class DeltaMemEndpoints:
         """Add the routes and, innermost (inside authentication), the middleware."""
         settings = settings_of(app.state.args)
         app.state.deltamem_tenants = tenants = _tenants(settings, app.state.args)
+        app.state.deltamem_drain = drain = Drain()
         app.add_middleware(
             SessionMiddleware,
             session_header=settings.session_header if settings else "X-Session-ID",
             tenants=tenants,
+            drain=drain,
         )
         if settings is not None:
             redaction.install(partial(_log_context, Names(settings.secret())))
@@ -69,6 +72,7 @@ class DeltaMemEndpoints:
         online = state.online_renderer
         online.preprocess_chat = noting_session(online.preprocess_chat)
         engine_client.generate = gateway.wrap(engine_client.generate)
+        before_shutdown(engine_client, state.deltamem_drain.finish)
         state.deltamem_watch = asyncio.ensure_future(end_requests_with_their_engine(engine_client))
         if isinstance(state.deltamem_tenants, FileKeys):
             state.deltamem_keys = asyncio.ensure_future(state.deltamem_tenants.watch())  # kept, else it is collected

@@ -7,8 +7,9 @@ that is refused on its way to the engine gets its proper status, streaming or no
 import json
 from typing import Any
 
-from deltamem_vllm.errors import CapacityError, PreconditionFailed, SessionError
+from deltamem_vllm.errors import CapacityError, DeltaMemError, PreconditionFailed, SessionError
 from deltamem_vllm.server import elision
+from deltamem_vllm.server.drain import Drain
 from deltamem_vllm.server.elision import HISTORY_HEADER
 from deltamem_vllm.server.roles import WRITE_HEADER, requested
 from deltamem_vllm.server.scope import (
@@ -68,10 +69,18 @@ class SessionMiddleware:
         app: the application inside.
         session_header: name of the header that vLLM's own code does not know; renamed to ``X-Session-ID`` for it.
         tenants: tells whose request it is.
+        drain: counts the responses under way, and knows when no more are begun.
     """
 
-    def __init__(self, app: Any, session_header: str = "X-Session-ID", tenants: Tenants | None = None) -> None:
+    def __init__(
+        self,
+        app: Any,
+        session_header: str = "X-Session-ID",
+        tenants: Tenants | None = None,
+        drain: Drain | None = None,
+    ) -> None:
         self.app = app
+        self.drain = drain if drain is not None else Drain()
         self.tenants = tenants if tenants is not None else OneTenant()
         self.header = session_header.lower().encode()
 
@@ -79,9 +88,17 @@ class SessionMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        refusal = self.drain.refusal(scope["path"].removeprefix(scope.get("root_path", "")))
+        if refusal is not None:
+            await _turn_away(scope, send, refusal)
+            return
+        with self.drain.serving():
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
         ours = Scope(tenant=self.tenants.of(bearer(scope["headers"])))
         if ours.tenant is None and self._guarded(scope):
-            await _turn_away(scope, send)
+            await _turn_away(scope, send, no_key("this server needs an API key, and the request has none of its"))
             return
         if scope["type"] == "websocket":  # none of vLLM's has sessions
             await self.app(scope, receive, send)
@@ -132,11 +149,11 @@ class SessionMiddleware:
         return self.tenants.guard_everything and not preflight and not is_open(path)
 
 
-async def _turn_away(scope: Any, send: Any) -> None:
+async def _turn_away(scope: Any, send: Any, why: DeltaMemError) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})  # before it was accepted: the handshake gets 403
     else:
-        await _respond(send, no_key("this server needs an API key, and the request has none of its"))
+        await _respond(send, why, close=isinstance(why, CapacityError))
 
 
 class _Sender:
@@ -205,8 +222,11 @@ class _Sender:
         return [(k.lower().encode(), str(v).encode()) for k, v in found.items() if v is not None]
 
 
-async def _respond(send: Any, error: BaseException) -> None:
+async def _respond(send: Any, error: BaseException, close: bool = False) -> None:
+    """Send an error; ``close``: and have the client connect anew for its next request, to whoever serves then."""
     status, headers, body = error_body(error)
+    if close:
+        headers["connection"] = "close"
     raw = [(k.encode(), v.encode()) for k, v in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

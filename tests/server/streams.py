@@ -28,6 +28,7 @@ class Stream(threading.Thread):
     tokens: list[int]
     session: str
     n: int
+    pace: dict[str, float] = field(default_factory=lambda: PACE)
     begun: threading.Event = field(default_factory=threading.Event)
     text: str = ""
     status: int = 0
@@ -40,7 +41,7 @@ class Stream(threading.Thread):
 
     def run(self) -> None:
         try:
-            with self.talk.streamed(self.tokens, self.session, n=self.n, vllm_xargs=PACE) as response:
+            with self.talk.streamed(self.tokens, self.session, n=self.n, vllm_xargs=self.pace) as response:
                 self.status = response.status_code
                 for line in response.iter_lines():
                     self.text += f"{line}\n"
