@@ -290,6 +290,24 @@ def page_scan_kernel(
             tl.store(reads + (row + far) * W + head * R + i, zeros, mask=inside)
 
 
+@triton.jit
+def _state_after(
+    pages, page_stride, num_blocks, block, count, N, head, R: tl.constexpr, RP: tl.constexpr, H: tl.constexpr,
+    RANKWISE: tl.constexpr, HAS_LAMBDA: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """One head's state after ``count`` tokens of a block; NaN where either does not fit."""
+    i = tl.arange(0, RP)
+    square = (i < R)[:, None] & (i < R)[None, :]
+    W: tl.constexpr = H * R
+    G: tl.constexpr = W if RANKWISE else H
+    LOG: tl.constexpr = 2 * W + (2 * G if HAS_LAMBDA else G)
+    fits = (block >= 0) & (block < num_blocks) & (count >= 0) & (count <= N)
+    page = pages + tl.where(fits, block, 0).to(tl.int64) * page_stride
+    state = tl.load(page + head * (R * R) + i[:, None] * R + i[None, :], mask=square & fits, other=0.0)
+    state = _replay(state, page, 0, tl.where(fits, count, 0), LOG, head, R, RP, H, RANKWISE, HAS_LAMBDA, MODE)
+    return tl.where(fits, state, float("nan"))
+
+
 @_kernel
 def page_state_kernel(
     pages, page_stride, num_blocks, block_ids, counts, out, N,
@@ -301,16 +319,11 @@ def page_state_kernel(
     i = tl.arange(0, RP)
     square = (i < R)[:, None] & (i < R)[None, :]
     corner = i[:, None] * R + i[None, :] + head * (R * R)
-    W: tl.constexpr = H * R
-    G: tl.constexpr = W if RANKWISE else H
-    LOG: tl.constexpr = 2 * W + (2 * G if HAS_LAMBDA else G)
     block, count = tl.load(block_ids + entry), tl.load(counts + entry)
-    fits = (block >= 0) & (block < num_blocks) & (count >= 0) & (count <= N)
-    page = pages + tl.where(fits, block, 0).to(tl.int64) * page_stride
-    state = tl.load(page + corner, mask=square & fits, other=0.0)
-    state = _replay(state, page, 0, tl.where(fits, count, 0), LOG, head, R, RP, H, RANKWISE, HAS_LAMBDA, MODE)
-    state = tl.where(fits, state, float("nan"))
-    tl.store(out + entry.to(tl.int64) * (W * R) + corner, state, mask=square)
+    state = _state_after(
+        pages, page_stride, num_blocks, block, count, N, head, R, RP, H, RANKWISE, HAS_LAMBDA, MODE
+    )  # fmt: skip
+    tl.store(out + entry.to(tl.int64) * (H * R * R) + corner, state, mask=square)
 
 
 @_kernel
@@ -324,21 +337,17 @@ def take_kernel(
     i = tl.arange(0, RP)
     square = (i < R)[:, None] & (i < R)[None, :]
     corner = i[:, None] * R + i[None, :] + head * (R * R)
-    W: tl.constexpr = H * R
-    G: tl.constexpr = W if RANKWISE else H
-    LOG: tl.constexpr = 2 * W + (2 * G if HAS_LAMBDA else G)
+    FLOATS: tl.constexpr = H * R * R
     block, count, slot = tl.load(block_ids + entry), tl.load(counts + entry), tl.load(slots + entry)
-    fits = (block >= 0) & (block < num_blocks) & (count >= 0) & (count <= N)
     pages = tl.load(addresses + layer).to(tl.pointer_type(tl.float32))
-    page = pages + tl.where(fits, block, 0).to(tl.int64) * page_stride
-    state = tl.load(page + corner, mask=square & fits, other=0.0)
-    state = _replay(state, page, 0, tl.where(fits, count, 0), LOG, head, R, RP, H, RANKWISE, HAS_LAMBDA, MODE)
-    state = tl.where(fits, state, float("nan"))
+    state = _state_after(
+        pages, page_stride, num_blocks, block, count, N, head, R, RP, H, RANKWISE, HAS_LAMBDA, MODE
+    )  # fmt: skip
     pooled = (slot >= 0) & (slot < num_slots)
-    where = (tl.where(pooled, slot, 0).to(tl.int64) * L + layer) * (W * R)
+    where = (tl.where(pooled, slot, 0).to(tl.int64) * L + layer) * FLOATS
     tl.store(states + where + corner, state, mask=square & pooled)
     if STAGED:
-        tl.store(staging + (entry.to(tl.int64) * L + layer) * (W * R) + corner, state, mask=square)
+        tl.store(staging + (entry.to(tl.int64) * L + layer) * FLOATS + corner, state, mask=square)
 
 
 @_kernel

@@ -76,6 +76,21 @@ def _agree(part: Part, step: Step, ops: dict[str, PagedOps]) -> None:
             raise SystemExit(f"{name} differs by {worst:.1e} from the others: nothing is measured")
 
 
+def _floor(size: int, bandwidth: float) -> float:
+    """Microseconds that the bytes alone take."""
+    return round(size / bandwidth * 1e6, 3)
+
+
+def _moved(size: int, seconds: float, bandwidth: float) -> dict[str, float]:
+    """A row of a large set."""
+    return {
+        "us": median_us([seconds]),
+        "bytes": size,
+        "GB/s": round(size / seconds / 1e9, 1),
+        "% of copy": round(100 * size / seconds / bandwidth, 1),
+    }
+
+
 def copy_bandwidth(part: Part) -> float:
     """Bytes per second of a large copy on the device, read and written counted."""
     size = 1 << (16 if part.tiny else 31)
@@ -102,7 +117,7 @@ def decode(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
         for requests in (1, 2) if part.tiny else (1, 32, 256, 1024):
             step = Step(part, shape, requests, 40 if part.tiny else 1032, 1)
             _agree(part, step, ops)
-            row: dict[str, Any] = {"floor of its bytes": round(step.bytes(8) / bandwidth * 1e6, 3)}
+            row: dict[str, Any] = {"bytes": step.bytes(8), "floor of its bytes": _floor(step.bytes(8), bandwidth)}
             for name, kernel in ops.items():
                 graph = part.captured(lambda kernel=kernel, step=step: [step.run(kernel, i) for i in range(inner)])
                 row[name] = median_us([s / inner for s in part.seconds(graph)])
@@ -110,12 +125,13 @@ def decode(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
 
 
 def prefill(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
-    """Whole prompts on one layer. ``one launch`` walks over the tokens in order, as the official kernel does."""
+    """Whole prompts on one layer. ``one launch`` walks over the tokens in order, as the official kernel does, and the
+    ratio is what the chunks gain over it."""
     sizes = [(1, 64)] if part.tiny else [(1, 512), (1, 8192), (1, 32768), (64, 128), (8, 2048)]
     for requests, rows in sizes:
         step = Step(part, SHAPE, requests, 0, rows)
         _agree(part, step, ops)
-        row: dict[str, Any] = {"floor of its bytes": round(step.bytes(0) / bandwidth * 1e6, 3)}
+        row: dict[str, Any] = {"bytes": step.bytes(0), "floor of its bytes": _floor(step.bytes(0), bandwidth)}
         for name, kernel in ops.items():
             row[name] = median_us(part.seconds(part.captured(lambda kernel=kernel, step=step: step.run(kernel))))
         for name in ("cuda", "triton"):
@@ -131,8 +147,7 @@ def update(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
     _agree(part, step, ops)
     for name, kernel in ops.items():
         seconds = statistics.median(part.seconds(lambda kernel=kernel: step.run(kernel)))
-        percent = round(100 * step.bytes(1) / seconds / bandwidth, 1)
-        part.note(f"update of {requests} states, {name}", {"us": median_us([seconds]), "% of copy": percent})
+        part.note(f"update of {requests} states, {name}", _moved(step.bytes(1), seconds, bandwidth))
 
 
 def pool(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
@@ -159,8 +174,7 @@ def pool(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
             part.seconds(lambda own=own, taken=taken: own.take(SHAPE, book, blocks, none, slots, taken, None))
         )
         for what, seconds in (("seed", seed), ("take", take)):
-            percent = round(100 * moved / seconds / bandwidth, 1)
-            part.note(f"{what} of {sessions} sessions, {name}", {"us": median_us([seconds]), "% of copy": percent})
+            part.note(f"{what} of {sessions} sessions, {name}", _moved(moved, seconds, bandwidth))
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""The results of all parts as Markdown."""
+"""The goals and the results of all parts as Markdown."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from loadtests.gpu.goals import goals
 
 
 def _cell(value: Any) -> str:
@@ -14,13 +16,13 @@ def _cell(value: Any) -> str:
 
 
 def markdown(parts: dict[str, dict[str, Any]], problems: dict[str, str]) -> str:
-    """One section per part; rows whose values are dictionaries of the same keys share a table.
+    """The goals, then one section per part; rows whose values are dictionaries of the same keys share a table.
 
     Args:
         parts: results by part.
         problems: parts that failed or ran out of time, and how.
     """
-    lines = ["# One GPU, measured", ""]
+    lines = ["# One GPU, measured", "", *goals(parts)]
     for part, results in parts.items():
         lines += [f"## {part}", ""]
         if part in problems:

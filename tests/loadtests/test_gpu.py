@@ -13,6 +13,7 @@ import pytest
 
 from loadtests.gpu import __main__ as script
 from loadtests.gpu.build import command
+from loadtests.gpu.goals import GOALS, goals
 from loadtests.gpu.table import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -39,9 +40,58 @@ def test_every_part_leaves_its_results(out: Path) -> None:
     kernels = results["parts"]["kernels"]
     assert all(any(key.startswith(what) for key in kernels) for what in ("copy", "decode", "prefill", "update", "take"))
     stack = results["parts"]["stack"]
-    assert stack["torch: kernels per layer"]["memory"] > stack["torch: kernels per layer"]["without"]
+    launches = stack["torch: launches per layer"]  # of those that no compiler can fuse
+    assert launches["memory"] == launches["without"] + 1, "the scan"
+    assert launches["memory, unfused"] == launches["without"] + 4, "projection, scan, two corrections"
+    assert len(stack["torch: longest kernels"]["memory"]) == 3
     tpot = next(value for key, value in stack.items() if "TPOT" in key)
-    assert {"without ms", "memory %", "memory, appended %", "without again %"} <= set(tpot)
+    assert {"without ms", "memory %", "memory, unfused %", "without again %"} <= set(tpot)
+
+
+def measured(ok: bool) -> dict[str, dict[str, object]]:
+    """Results of a run whose every figure is 0.9, with Triton's missing."""
+    parts: dict[str, dict[str, object]] = {"check": {"ok": ok}, "kernels": {}, "stack": {}}
+    for goal in GOALS:
+        row = {goal.value.format("cuda"): 0.9 + (goal.minus is not None), **({goal.minus: 1} if goal.minus else {})}
+        parts[goal.part][goal.row.format("cuda")] = row
+    return parts
+
+
+def test_goals_are_judged() -> None:
+    text = "\n".join(goals(measured(True)))
+    assert "| time per token, 1 request | ≤ 2 | ≤ 1 | 0.9 %: aim | not measured |" in text
+    assert "| time to the first token, 8k | ≤ 1 | ≤ 0.4 | 0.9 %: pass | not measured |" in text
+    assert "| time to the first token, 32k | ≤ 0.5 | ≤ 0.2 | 0.9 %: FAIL | not measured |" in text
+    assert "| further launches per layer | ≤ 1 | ≤ 0 | 0.9: pass | not measured |" in text
+    assert "token after token, 8k, 1 request | ≥ 15 | ≥ 50 | 0.9 times faster: FAIL |" in text
+    assert text.count("0.9") == len(GOALS)
+
+
+@pytest.mark.parametrize("change", ["failed", "absent"])
+def test_no_goal_has_a_figure_unless_the_checks_have_passed(change: str) -> None:
+    parts = measured(False)
+    if change == "absent":
+        del parts["check"]
+    text = "\n".join(goals(parts))
+    assert "0.9" not in text
+    assert "checks of this run have not passed" in text
+
+
+def test_a_full_run_measures_what_the_goals_name(out: Path) -> None:
+    """The tiny run's rows and values, with the sizes of the full one, are those that the goals look for."""
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))["parts"]
+
+    def plain(row: str) -> str:
+        return re.sub(r"\d+", "#", row.format("torch"))
+
+    for goal in GOALS:
+        rows = {plain(row): value for row, value in results[goal.part].items() if isinstance(value, dict)}
+        assert plain(goal.row) in rows
+        if "launch /" not in goal.value:  # there is one kernel in the tiny run, nothing to compare
+            assert goal.value in rows[plain(goal.row)]
+    assert "| time per token, 1 request | ≤ 2 | ≤ 1 | not measured | not measured |" in (out / "results.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_table_has_every_row(out: Path) -> None:
