@@ -11,7 +11,7 @@ Hooks rather than subclasses: the same few lines serve every backbone whose atte
 or through the Transformers backend, fused or not, eager or compiled. Source: `delta-mem` §3 (arXiv 2605.12357).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,25 @@ from deltamem_vllm.memory.correct import correct
 from deltamem_vllm.memory.pages import StatePages
 
 QKV: tuple[Head, ...] = ("q", "k", "v")
+SPLIT_AT_ONCE = ("Qwen3Attention",)
+"""vLLM 0.32's attention modules that do nothing with qkv_proj's output but split it; see `Parts`."""
+
+
+class Parts:
+    """q, k and v as they leave `split`, which is all that the modules `SPLIT_AT_ONCE` do with what qkv_proj puts out.
+
+    Put together as one tensor, a corrected q is a kernel of its own, since that tensor is taken apart again; by itself
+    it is computed where it is read, in the kernel of q's norm.
+    """
+
+    def __init__(self, *parts: torch.Tensor) -> None:
+        self._parts = parts
+
+    def split(self, sizes: Sequence[int], dim: int = -1) -> tuple[torch.Tensor, ...]:
+        """The parts, which are cut so already."""
+        if list(sizes) != [part.shape[-1] for part in self._parts] or dim != -1:
+            raise ValueError(f"q, k and v are {[part.shape[-1] for part in self._parts]} wide, not {sizes} along {dim}")
+        return self._parts
 
 
 class MemoryLayer(nn.Module):
@@ -62,20 +81,17 @@ class MemoryLayer(nn.Module):
         put("o_norm_weight", None if normed is None else normed.to(device, torch.float32), persistent=False)
 
     def matrix(self, head: str) -> torch.Tensor | None:
-        """[R, width of the projection], scaled; None where that one is not corrected. ``qkv``: see `side_by_side`."""
+        """[R, width of the projection], scaled; None where that one is not corrected."""
         found: torch.Tensor | None = getattr(self, f"matrix_{head}", None)
         return found
 
-    def side_by_side(self, widths: dict[Head, int]) -> None:
-        """Keep the matrices of q, k and v as one, ``qkv``: [R, q | k | v], zero where one of them has no correction."""
-        parts = {head: self.matrix(head) for head in widths}
-        known = next((part for part in parts.values() if part is not None), None)
-        if known is None:
-            return
-        whole = [known.new_zeros(self.width, n) if parts[head] is None else parts[head] for head, n in widths.items()]
-        self.register_buffer("matrix_qkv", torch.cat(whole, dim=1), persistent=False)
-        for head in widths:
-            vars(self)["_buffers"].pop(f"matrix_{head}", None)
+    def correct_qkv(self, rows: torch.Tensor, reads: torch.Tensor, widths: Mapping[Head, int]) -> list[torch.Tensor]:
+        """q, k and v of rows [T, q | k | v | …], corrected."""
+        parts = rows[:, : sum(widths.values())].split([*widths.values()], dim=-1)
+        return [
+            part if (matrix := self.matrix(head)) is None else correct(part, reads, matrix)
+            for head, part in zip(widths, parts, strict=True)
+        ]
 
     def read(self, hidden: torch.Tensor, fused: torch.Tensor | None = None) -> torch.Tensor:
         """Run the memory over this step's tokens; returns the reads [T, R] fp32, and keeps them for the corrections.
@@ -137,8 +153,9 @@ def attach(module: Any, memory: MemoryLayer, sizes: tuple[int, int]) -> bool:
         assert memory.projection is not None
         append_rows(module.qkv_proj, memory.projection)
         memory.projection = None
-    memory.side_by_side({"q": sizes[0], "k": sizes[1], "v": sizes[1]})
-    module.qkv_proj.register_forward_hook(_fused_hook(memory, sizes[0] + 2 * sizes[1], appended))
+    widths: dict[Head, int] = {"q": sizes[0], "k": sizes[1], "v": sizes[1]}
+    parts = type(module).__name__ in SPLIT_AT_ONCE
+    module.qkv_proj.register_forward_hook(_fused_hook(memory, widths, appended, parts))
     return appended
 
 
@@ -151,14 +168,14 @@ def _changed(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any
     return rows.view(*output.shape[:-1], rows.shape[-1])
 
 
-def _fused_hook(memory: MemoryLayer, own: int, appended: bool) -> Callable[..., Any]:
+def _fused_hook(memory: MemoryLayer, widths: Mapping[Head, int], appended: bool, parts: bool) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        def change(rows: torch.Tensor) -> torch.Tensor:
-            reads, matrix = memory.read(args[0], rows if appended else None), memory.matrix("qkv")
-            rows = rows[:, :own]
-            return rows if matrix is None else correct(rows, reads, matrix)
-
-        return _changed(output, change)
+        value, *rest = output if isinstance(output, tuple) else (output,)
+        rows = value.reshape(-1, value.shape[-1])
+        reads = memory.read(args[0], rows if appended else None)
+        made = memory.correct_qkv(rows, reads, widths)
+        result = Parts(*made) if parts else torch.cat(made, dim=-1).view(*value.shape[:-1], sum(widths.values()))
+        return (result, *rest) if isinstance(output, tuple) else result
 
     return hook
 
