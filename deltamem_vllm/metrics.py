@@ -105,9 +105,6 @@ EVICTIONS = _counter(
     "in the tier below.",
     tier="device host",
 )
-EXPIRED = _counter(
-    "deltamem_sessions_expired_total", "sessions", "Sessions deleted because their time to live was over."
-)
 HOST_BYTES = _gauge(
     "deltamem_host_bytes", "bytes", "Host memory that sessions and their records take, by the server's count."
 )
@@ -157,7 +154,7 @@ CONFLICTS = _counter(
     "requests",
     "Requests and changes that another writer of the session got in the way of: busy (its turn did not come), "
     "precondition (If-Match named another version), commit (another server had committed, or the session was deleted, "
-    "while the request ran).",
+    "meanwhile).",
     reason="busy precondition commit",
 )
 LEASES = _gauge("deltamem_leases", "leases", "Leases on sessions that the engine holds in a store that servers share.")
@@ -261,12 +258,13 @@ BACKLOG_AGE = _gauge(
 STORE_SESSIONS = _gauge(
     "deltamem_store_sessions",
     "sessions",
-    "Sessions in the store, of all tenants and servers; at most 15 seconds old. Engine 0 reports it.",
+    "Sessions in the store, of all tenants and servers, as counted within the last seconds. Engine 0 reports it.",
 )
 STORE_BYTES = _gauge(
     "deltamem_store_bytes",
     "bytes",
-    "Records in the store, all kept versions of all tenants and servers; at most 15 seconds old. Engine 0 reports it.",
+    "Records in the store, all kept versions of all tenants and servers, as counted within the last seconds. Engine 0 "
+    "reports it.",
 )
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -330,7 +328,7 @@ GATE_MEAN = _gauge(
     gate="beta lambda",
     layer="",
 )
-QUALITY_COMMITS = _counter(
+MEMORY_COMMITS = _counter(
     "deltamem_memory_commits_total",
     "commits",
     f"Commits by whether their memory matters: inert, where the correction ratio is below {INERT_RATIO:g}; else live.",

@@ -18,6 +18,7 @@ from deltamem_vllm.server import elision
 from deltamem_vllm.server.chat import ChatPrompts
 from deltamem_vllm.server.fact_routes import make_fact_router
 from deltamem_vllm.server.gateway import Gateway
+from deltamem_vllm.server.metrics_page import MetricsPage
 from deltamem_vllm.server.middleware import SessionMiddleware
 from deltamem_vllm.server.named import noting_session
 from deltamem_vllm.server.offering import Offering
@@ -37,6 +38,7 @@ class DeltaMemEndpoints:
         """Add the routes and, innermost (inside authentication), the middleware."""
         settings = settings_of(app.state.args)
         app.state.deltamem_tenants = tenants = _tenants(settings, app.state.args)
+        app.add_middleware(MetricsPage)
         app.add_middleware(
             SessionMiddleware,
             session_header=settings.session_header if settings else "X-Session-ID",

@@ -27,12 +27,10 @@ from deltamem_vllm.server.scope import Scope, current, effective_id, no_key
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.sessions.chain import reply_digests
 from deltamem_vllm.sessions.control import ControlClient
-from deltamem_vllm.sessions.grants import EXTRA
+from deltamem_vllm.sessions.grants import EXTRA, WRITTEN
 from deltamem_vllm.sessions.masks import Spans, unwritten_before
 from deltamem_vllm.store.protocol import SessionKey
 
-WRITTEN = ("committed", "pending", "degraded")
-"""Outcomes after which the answer is a message that the memory holds."""
 OUTCOME_TIMEOUT = 30.0
 ADMIT_MARGIN = 10.0
 
@@ -232,6 +230,7 @@ class Gateway:
                 pins=marks.get(PINS, ()) if scope.mode == "readwrite" else (),
                 history=marks.get(HISTORY),
                 if_match=scope.if_match,
+                elided=scope.elided_tokens,
                 limits=_limits(scope),
             )
         )
