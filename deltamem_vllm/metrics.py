@@ -6,6 +6,7 @@ engine's start; gauges are asked for at each scrape. Those about the store are f
 wrote it: only engine 0 of a server reports them, and servers that share a store report the same.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -339,3 +340,18 @@ INERT = _gauge(
     "0 or 1",
     "Whether the memory of each of the last 16 commits was inert: an adapter is loaded, and does nothing.",
 )
+
+
+def as_markdown() -> str:
+    """The table as in docs/metrics.md: ``python -m deltamem_vllm.metrics`` prints it."""
+    lines = ["| metric | type | labels | what it is |", "|---|---|---|---|"]
+    for each in TABLE:
+        sets = (f"`{n}`" + (f" ({', '.join(v)})" if v else "") for n, v in zip(each.labels, each.values, strict=True))
+        unit = "" if each.unit == "1" else f", {each.unit}"
+        said = each.help.replace("|", "\\|")
+        lines.append(f"| `{each.name}` | {each.kind}{unit} | {'; '.join(sets)} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(as_markdown())

@@ -56,7 +56,8 @@ class Corrections:
     Attributes:
         gram: [L, H, r, r], per state head (s·g·B_o)ᵀ(s·g·B_o) of its columns.
         width: D, length of δo.
-        norms: per layer (mean square of the norm's weight, its epsilon) where δo is normalised; else empty.
+        norms: per layer (mean square of the norm's weight, its epsilon) where δo is normalised; else empty. δo is taken
+            to be as large where the weight is large as where it is small.
     """
 
     gram: NDArray[np.float32]
