@@ -11,17 +11,17 @@ import pytest
 
 from deltamem_vllm import metrics
 from deltamem_vllm.errors import CapacityError, PreconditionFailed, StoreUnavailable
-from deltamem_vllm.metrics import TABLE, Metric
+from deltamem_vllm.metrics import TABLE
 from deltamem_vllm.server import metrics_page
 from deltamem_vllm.sessions import commits
 from deltamem_vllm.sessions.control import ControlClient, serve
 from deltamem_vllm.sessions.management import erase
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.memory import MemoryStore
+from tests.pages import Page, at, read
 from tests.sessions.harness import admit, drive, ids, key, make_service, run, serving, turn
 
 PROMPT, REPLY = list(range(30)), [40, 41, 42, 43]
-Page = dict[tuple[str, str], float]
 
 
 async def scrape(*services_or_addresses: Any) -> Page:
@@ -32,25 +32,6 @@ async def scrape(*services_or_addresses: Any) -> Page:
     finally:
         for client in clients:
             client.close()
-
-
-def read(text: str) -> Page:
-    found: Page = {}
-    for name, labels, value in re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.MULTILINE):
-        assert (name, labels) not in found, f"{name} {labels} is there twice"
-        found[name, labels] = float(value)
-    return found
-
-
-def at(page: Page, metric: Metric, end: str = "", engine: str = "0", **labels: str) -> float:
-    wanted = {"engine": engine, **labels}
-    found = [
-        v
-        for (n, had), v in page.items()
-        if n == metric.name + end and dict(re.findall(r'(\w+)="(.*?)"', had)) == wanted
-    ]
-    assert len(found) == 1, f"{metric.name}{end} {wanted}: {found}"
-    return found[0]
 
 
 def with_page(
