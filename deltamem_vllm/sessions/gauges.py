@@ -95,16 +95,20 @@ def _version() -> str:
 
 def _now(service: "SessionService") -> list[Sample]:
     directory, commits, stats = service.directory, service.commits, service.writer.stats
-    sessions = list(directory)
+    held = busy = waiting = 0
+    for session in directory:
+        held += session.record is not None
+        busy += session.owner is not None
+        waiting += session.waiting
     version, adapter, model = _version(), commits.adapter[:12], commits.model[:12]
     durability = "sync" if commits.ahead is None else "write-behind"
     audit = service.audit
     return [
         gauge(metrics.BUILD_INFO, 1, version, adapter, model, commits.layout, service.store_kind, durability),
         gauge(metrics.START_TIME, service.started_at),
-        gauge(metrics.SESSIONS, sum(s.record is not None for s in sessions), "host"),
-        gauge(metrics.SESSIONS_BUSY, sum(s.owner is not None for s in sessions)),
-        gauge(metrics.REQUESTS_WAITING, sum(s.waiting for s in sessions)),
+        gauge(metrics.SESSIONS, held, "host"),
+        gauge(metrics.SESSIONS_BUSY, busy),
+        gauge(metrics.REQUESTS_WAITING, waiting),
         gauge(metrics.EVICTIONS, directory.dropped, "host"),
         gauge(metrics.HOST_BYTES, directory.used),
         gauge(metrics.HOST_LIMIT, directory.budget),

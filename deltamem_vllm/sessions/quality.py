@@ -74,7 +74,8 @@ class Corrections:
 
     def _square(self, state: NDArray[np.float32]) -> NDArray[np.float32]:
         # E |B S q|² = tr(BᵀB · S Sᵀ) / r for q uniform on the unit sphere; heads' queries are independent.
-        found: NDArray[np.float32] = np.einsum("lhij,lhjk,lhik->l", self.gram, state, state) / state.shape[-1]
+        outer = state @ state.swapaxes(2, 3)
+        found: NDArray[np.float32] = (self.gram * outer).sum(axis=(1, 2, 3)) / state.shape[-1]
         return found
 
 
@@ -90,7 +91,8 @@ class Quality:
     def __init__(self, meters: Meters, layers: Sequence[int], corrections: Corrections | None) -> None:
         self._meters, self._labels, self._corrections = meters, [str(layer) for layer in layers], corrections
         self._outputs: dict[int, float] = {}
-        self._averages: dict[tuple[metrics.Metric, tuple[str, ...]], float] = {}
+        self._averages: dict[metrics.Metric, NDArray[np.float32]] = {}  # by layer
+        self._gates: dict[tuple[str, str], float] = {}
         self._recent: deque[bool] = deque(maxlen=RECENT)
         self._broken = False
 
@@ -98,9 +100,11 @@ class Quality:
         """What workers have seen."""
         self._outputs.update(sample.outputs)
         for position, (beta, keep) in sample.gates.items():
-            self._average(metrics.GATE_MEAN, beta, "beta", self._labels[position])
-            if keep is not None:
-                self._average(metrics.GATE_MEAN, keep, "lambda", self._labels[position])
+            for gate, value in (("beta", beta), ("lambda", keep)):
+                if value is not None:
+                    name = gate, self._labels[position]
+                    known = self._gates.setdefault(name, value)
+                    self._gates[name] = known + WEIGHT * (value - known)
 
     def note_commit(self, state: NDArray[np.float32]) -> None:
         """A session has this state now, [L, H, r, r]. Never raises."""
@@ -112,17 +116,17 @@ class Quality:
             self._broken = True
 
     def _note_commit(self, state: NDArray[np.float32]) -> None:
+        if len(state) != len(self._labels):
+            raise ValueError(f"a state of {len(state)} layers, not {len(self._labels)}")
         squares = np.square(state).sum(axis=(2, 3)).mean(axis=1)
         self._meters.observe(metrics.STATE_NORM, math.sqrt(squares.mean()))
-        for label, square in zip(self._labels, squares.tolist(), strict=True):
-            self._average(metrics.LAYER_STATE_NORM, math.sqrt(square), label)
+        self._average(metrics.LAYER_STATE_NORM, np.sqrt(squares))
         ratios = self._ratios(state)
         if ratios is None:
             return
         ratio = math.sqrt(float(np.square(ratios).mean()))
         self._meters.observe(metrics.CORRECTION_RATIO, ratio)
-        for label, each in zip(self._labels, ratios.tolist(), strict=True):
-            self._average(metrics.LAYER_CORRECTION_RATIO, each, label)
+        self._average(metrics.LAYER_CORRECTION_RATIO, ratios)
         inert = ratio < metrics.INERT_RATIO
         self._recent.append(inert)
         self._meters.add(metrics.MEMORY_COMMITS, "inert" if inert else "live")
@@ -136,13 +140,15 @@ class Quality:
 
     def samples(self) -> list[Sample]:
         """Averages as they are now."""
-        found = [gauge(metric, value, *labels) for (metric, labels), value in self._averages.items()]
+        found = [gauge(metrics.GATE_MEAN, value, *labels) for labels, value in self._gates.items()]
+        for metric, values in self._averages.items():
+            found += [gauge(metric, value, label) for label, value in zip(self._labels, values.tolist(), strict=True)]
         inert = len(self._recent) == RECENT and all(self._recent)
         return [*found, gauge(metrics.INERT, inert)]
 
-    def _average(self, metric: metrics.Metric, value: float, *labels: str) -> None:
-        known = self._averages.get((metric, labels))
-        self._averages[metric, labels] = value if known is None else known + WEIGHT * (value - known)
+    def _average(self, metric: metrics.Metric, values: NDArray[np.float32]) -> None:
+        known = self._averages.setdefault(metric, values)
+        self._averages[metric] = known + np.float32(WEIGHT) * (values - known)
 
 
 def corrections_of(adapter: Adapter) -> Corrections | None:

@@ -72,9 +72,13 @@ class Records:
             except SessionError:
                 outcome = "refused"
                 raise
+            except asyncio.CancelledError:
+                outcome = ""  # whoever asked has left
+                raise
             finally:
-                self._meters.add(metrics.LOADS, source, outcome)
-                self._meters.observe(metrics.LOAD_SECONDS, time.perf_counter() - start, source)
+                if outcome:
+                    self._meters.add(metrics.LOADS, source, outcome)
+                    self._meters.observe(metrics.LOAD_SECONDS, time.perf_counter() - start, source)
             if session.owner in (None, ticket):
                 await self._expire(session)
             return session.record

@@ -9,7 +9,7 @@ from deltamem_vllm.metrics import TABLE
 from tests.pages import Page, at, read
 from tests.server.talk import Talk, new_session, ok, outcome
 
-PROMPT = list(range(20, 90))
+PROMPT, OTHER = list(range(20, 90)), list(range(100, 170))
 OURS = re.compile(r"^(?:# (?:HELP|TYPE) )?deltamem_.*$", re.MULTILINE)
 
 
@@ -32,7 +32,7 @@ def test_every_metric_is_there_and_counts_what_was_done(talk: Talk) -> None:
     for version in (1, 2, 3):  # the second and third are retries
         assert outcome(talk.complete(PROMPT, first, n=4))[1:] == (f"{version}", "committed")
     ok(talk.complete(PROMPT, second, n=4))
-    ok(talk.complete(PROMPT, second, "read", n=4))
+    ok(talk.complete(OTHER, second, "read", n=4))  # from what the second session's commit left
     ok(talk.complete(PROMPT, second, "off", n=4))
     ok(talk.complete(PROMPT, n=4))
     after = page(talk)
@@ -54,10 +54,9 @@ def test_every_metric_is_there_and_counts_what_was_done(talk: Talk) -> None:
     assert grown(metrics.TOKENS, kind="read_only") == len(PROMPT) + 3
     assert grown(metrics.SESSION_PROMPT_TOKENS) == 5 * len(PROMPT)
     assert grown(metrics.SESSION_CACHED_TOKENS) == 2 * 64, "two whole blocks, of each retry"
-    assert grown(metrics.SEEDS, source="empty") + grown(metrics.SEEDS, source="cached") == 4
-    assert grown(metrics.SEEDS, source="device") == 1, "the read starts from what the second session's commit left"
+    assert [grown(metrics.SEEDS, source=s) for s in ("empty", "cached", "device", "host")] == [2, 2, 1, 0]
     assert grown(metrics.STORE_SESSIONS) in (0, 2), "it may be some seconds old"
-    assert at(after, metrics.SESSION_SLOTS, state="used") >= 2
+    assert at(after, metrics.SESSION_SLOTS, state="used") >= 1, "equal states share a slot"
     assert at(after, metrics.HOOK_ERRORS) == at(after, metrics.ORDERS_REFUSED) == at(after, metrics.LOST_VERSIONS) == 0
     ratios = [v for (name, _), v in after.items() if name == metrics.LAYER_CORRECTION_RATIO.name]
     assert ratios
@@ -66,7 +65,7 @@ def test_every_metric_is_there_and_counts_what_was_done(talk: Talk) -> None:
 
 def test_an_idle_server_tells_of_a_deletion(talk: Talk) -> None:
     session = new_session()
-    ok(talk.complete(PROMPT, session, n=4))
+    ok(talk.complete(list(range(7, 60)), session, n=4))  # a state that no other session has
     before = page(talk)
     ok(talk.delete(f"/v1/sessions/{session}"))
 
