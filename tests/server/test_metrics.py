@@ -3,6 +3,7 @@
 import re
 import subprocess
 import time
+from collections.abc import Callable
 
 from deltamem_vllm import metrics
 from deltamem_vllm.metrics import TABLE
@@ -17,10 +18,10 @@ def page(talk: Talk) -> Page:
     return read(talk.get("/metrics").text)
 
 
-def until(talk: Talk, holds: object, seconds: float = 30) -> Page:
+def until(talk: Talk, holds: Callable[[Page], bool], seconds: float = 30) -> Page:
     """The first page that ``holds`` is true of."""
     end = time.monotonic() + seconds
-    while not holds(found := page(talk)) and time.monotonic() < end:  # type: ignore[operator]
+    while not holds(found := page(talk)) and time.monotonic() < end:
         time.sleep(0.1)
     return found
 
@@ -28,7 +29,7 @@ def until(talk: Talk, holds: object, seconds: float = 30) -> Page:
 def test_every_metric_is_there_and_counts_what_was_done(talk: Talk) -> None:
     first, second = new_session(), new_session()
     ok(talk.complete(PROMPT, new_session(), n=4))  # whatever has ratios has them from the first commit on
-    before = page(talk)
+    before = until(talk, lambda now: any(name == metrics.STORE_SESSIONS.name for name, _ in now))
     for version in (1, 2, 3):  # the second and third are retries
         assert outcome(talk.complete(PROMPT, first, n=4))[1:] == (f"{version}", "committed")
     ok(talk.complete(PROMPT, second, n=4))
