@@ -4,10 +4,12 @@ Hooks are probed by signature, never by version number; a missing one is a clear
 """
 
 import asyncio
+import contextvars
 import functools
 import importlib
 import re
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +153,37 @@ def hash_blocks_with(spans_of: Callable[[Any], Any], hash_blocks: Callable[..., 
         return get_request_block_hasher
 
     _wrap(core, "get_request_block_hasher", make)
+
+
+def on_request_span(hold: Callable[[Any, Callable[[dict[str, Any]], None]], bool]) -> None:
+    """Hand the span of every finished request to ``hold(request id, emit)`` first; where that is false it is
+    sent at once. ``emit(attributes)`` sends it with further attributes, in the context and with the times that it had.
+
+    vllm 0.32: ``instrument_manual`` as imported by the output processor, which calls it where an endpoint for traces is
+    set; until the span of a request can be given attributes.
+    """
+    module: Any = importlib.import_module("vllm.v1.engine.output_processor")
+
+    def make(original: Any) -> Any:
+        def instrument_manual(
+            span_name: str,
+            start_time: int,
+            end_time: int | None = None,
+            attributes: dict[str, Any] | None = None,
+            context: Any = None,
+            kind: Any = None,
+        ) -> None:
+            own, ended, here = dict(attributes or {}), end_time or time.time_ns(), contextvars.copy_context()
+
+            def emit(more: dict[str, Any]) -> None:
+                here.run(original, span_name, start_time, ended, {**own, **more}, context, kind)
+
+            if not hold(own.get(module.SpanAttributes.GEN_AI_REQUEST_ID), emit):
+                emit({})
+
+        return instrument_manual
+
+    _wrap(module, "instrument_manual", make)
 
 
 def api_keys(args: Any) -> list[str]:

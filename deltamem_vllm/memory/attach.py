@@ -18,6 +18,7 @@ from deltamem_vllm.memory.layer import MemoryLayer, attach
 from deltamem_vllm.memory.pages import SUFFIX, StatePages, WriteMasks
 from deltamem_vllm.memory.preflight import backbone_shape
 from deltamem_vllm.memory.scan import kernels_for
+from deltamem_vllm.memory.watching import Attention
 
 logger = logging.getLogger("vllm.deltamem")
 
@@ -60,7 +61,8 @@ def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, 
     kernels = kernels_for(device, settings.kernel, adapter.shape)
     masks = WriteMasks()
     wrapped = appended = 0
-    for name, module in list(model.named_modules()):
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
         found = _LAYER.search(name)
         if not found or found[2] not in adapter.config.target_modules or int(found[1]) not in adapter.layers:
             continue
@@ -68,6 +70,9 @@ def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, 
         pages = StatePages(f"{name}.{SUFFIX}", int(found[1]), adapter.shape, kernels, masks, vllm_config)
         memory = MemoryLayer(layer, pages, adapter.config.scaling, dtype, device)
         appended += attach(module, memory, sizes)
+        norm = modules.get(f"{name.rpartition('.')[0]}.input_layernorm")
+        head_size = vllm_config.model_config.get_head_size()
+        pages.attention = Attention(module, norm, sizes, head_size, adapter.backbone.hidden_size)
         wrapped += 1
     return wrapped, appended
 

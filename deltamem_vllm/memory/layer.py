@@ -64,7 +64,7 @@ class MemoryLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.pages = pages
-        self.width = pages.shape.width
+        self.width, self.dtype = pages.shape.width, dtype
         self.o_norm_eps = weights.o_norm_eps
         self._reads: torch.Tensor | None = None
         self.projection: torch.Tensor | None

@@ -117,7 +117,10 @@ class StatePages(nn.Module, AttentionLayerBase):
         pages: [kernel blocks, page_floats] fp32, a view of the KV cache; None until vLLM binds it.
         tokens: tokens per page (N).
         blocks_per_manager_block: kernel blocks that one block of vLLM's block manager is split into.
+        attention: the module whose memory this is (`deltamem_vllm.memory.watching.Attention`).
     """
+
+    attention: Any = None
 
     def __init__(
         self,

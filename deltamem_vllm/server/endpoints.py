@@ -9,7 +9,13 @@ from typing import Any
 from fastapi import FastAPI
 
 from deltamem_vllm import redaction
-from deltamem_vllm.compat import api_keys, before_shutdown, end_requests_with_their_engine, wake_engine
+from deltamem_vllm.compat import (
+    api_keys,
+    before_shutdown,
+    end_requests_with_their_engine,
+    on_request_span,
+    wake_engine,
+)
 from deltamem_vllm.config import PLUGIN, Settings, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.names import Names
@@ -19,11 +25,13 @@ from deltamem_vllm.server.chat import ChatPrompts
 from deltamem_vllm.server.drain import Drain
 from deltamem_vllm.server.fact_routes import make_fact_router
 from deltamem_vllm.server.gateway import Gateway
+from deltamem_vllm.server.metrics_page import MetricsPage
 from deltamem_vllm.server.middleware import SessionMiddleware
 from deltamem_vllm.server.named import noting_session
 from deltamem_vllm.server.offering import Offering
 from deltamem_vllm.server.routes import make_router
 from deltamem_vllm.server.scope import current
+from deltamem_vllm.server.spans import RequestSpans
 from deltamem_vllm.server.tenants import FileKeys, OneTenant, ServerKeys, Tenants
 from deltamem_vllm.sessions.control import ControlClient
 
@@ -39,6 +47,7 @@ class DeltaMemEndpoints:
         settings = settings_of(app.state.args)
         app.state.deltamem_tenants = tenants = _tenants(settings, app.state.args)
         app.state.deltamem_drain = drain = Drain()
+        app.add_middleware(MetricsPage)
         app.add_middleware(
             SessionMiddleware,
             session_header=settings.session_header if settings else "X-Session-ID",
@@ -63,7 +72,9 @@ class DeltaMemEndpoints:
         clients = [ControlClient(address, lambda: engine_client.errored) for address in addresses]
         wake, policy = partial(wake_engine, engine_client), parse_policy(settings.write)
         names = Names(settings.secret())
-        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, names, wake, policy)
+        spans = RequestSpans()
+        on_request_span(spans.hold)
+        state.deltamem = gateway = Gateway(clients, settings.queue_seconds, names, wake, policy, spans)
         renderer = engine_client.renderer
         history = elision.Policy(settings.history == "elide", settings.history_keep)
         offering = Offering(settings.facts_chars, settings.facts_block, renderer)

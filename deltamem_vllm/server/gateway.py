@@ -24,15 +24,14 @@ from deltamem_vllm.server.chat import HISTORY, MASK, WRITES
 from deltamem_vllm.server.offering import OFFERED, PINS
 from deltamem_vllm.server.roles import mask_of
 from deltamem_vllm.server.scope import Scope, current, effective_id, no_key
+from deltamem_vllm.server.spans import RequestSpans, attributes_of
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.sessions.chain import reply_digests
 from deltamem_vllm.sessions.control import ControlClient
-from deltamem_vllm.sessions.grants import EXTRA
+from deltamem_vllm.sessions.grants import EXTRA, WRITTEN
 from deltamem_vllm.sessions.masks import Spans, unwritten_before
 from deltamem_vllm.store.protocol import SessionKey
 
-WRITTEN = ("committed", "pending", "degraded")
-"""Outcomes after which the answer is a message that the memory holds."""
 OUTCOME_TIMEOUT = 30.0
 ADMIT_MARGIN = 10.0
 
@@ -46,6 +45,7 @@ class Gateway:
         names: makes what the engine calls a session, and salts.
         wake: makes idle engines carry out what waits for a step; None where nothing does.
         policy: roles that are written where a request does not say otherwise.
+        spans: hears of requests of sessions, for tracing.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class Gateway:
         names: Names,
         wake: Callable[[], Coroutine[Any, Any, None]] | None = None,
         policy: Policy = ALL,
+        spans: RequestSpans | None = None,
     ) -> None:
+        self._spans = spans if spans is not None else RequestSpans()
         self.clients = clients
         self.policy = policy
         self.queue_seconds = queue_seconds
@@ -156,6 +158,8 @@ class Gateway:
         history = marks.get(HISTORY)
         client, ticket = self.client_of(key), secrets.token_hex(16)
         sampled, settled, text = 0, False, ""
+        grant: dict[str, Any] = {}
+        self._spans.expect(request_id)
         try:
             try:
                 await self.spend(scope)
@@ -190,6 +194,7 @@ class Gateway:
             if not settled:  # refused, left by its client, or failed: nothing of this is remembered
                 with contextlib.suppress(Exception):
                     await asyncio.shield(client.ask("verdict", ticket=ticket, tokens=None, timeout=5.0))
+            self._spans.finish(request_id, attributes_of(scope, grant))
 
     async def _policy(self, scope: Scope, key: SessionKey, marks: dict[str, Any]) -> Policy:
         """Roles that are written; of a raw prompt's session they are asked for here."""
@@ -232,6 +237,7 @@ class Gateway:
                 pins=marks.get(PINS, ()) if scope.mode == "readwrite" else (),
                 history=marks.get(HISTORY),
                 if_match=scope.if_match,
+                elided=scope.elided_tokens,
                 limits=_limits(scope),
             )
         )

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from deltamem_vllm import metrics
 from deltamem_vllm.audit.chain import Event
 from deltamem_vllm.errors import CapacityError, PreconditionFailed, SessionError, StaleVersion
 from deltamem_vllm.sessions.directory import Session
+from deltamem_vllm.sessions.meters import conflicts, timed
 from deltamem_vllm.store.protocol import Record, SessionKey
 
 if TYPE_CHECKING:
@@ -57,6 +59,19 @@ async def change(
         QuotaExceeded, StoreUnavailable: 429, 503. Nothing was changed; after the latter, ask again by the same name.
     """
     session = service.directory.get(key)
+    with conflicts(service.meters):
+        return await _in_turn(service, session, request_id, make, if_match, event)
+
+
+async def _in_turn(
+    service: "SessionService",
+    session: Session,
+    request_id: str,
+    make: Make,
+    if_match: Match,
+    event: Event | Literal[""],
+) -> Record:
+    key = session.key
     async with turn(service, session):
         service.commits.check_room(session)
         service.commits.check_audit()
@@ -95,14 +110,27 @@ async def turn(service: "SessionService", session: Session) -> AsyncIterator[Non
     Raises:
         CapacityError: 409; the turn did not come in time.
     """
-    ticket, until = secrets.token_hex(16), asyncio.get_running_loop().time() + service.queue_seconds
-    async with (
-        service.directory.owned(session, ticket, service.queue_depth, service.queue_seconds),
-        service.leases.holding(session, until),
-    ):
+    ticket = secrets.token_hex(16)
+    async with in_turn(service, session, ticket):
         yield
         session.release(ticket)
         service.leases.done(session)
+
+
+@contextlib.asynccontextmanager
+async def in_turn(service: "SessionService", session: Session, ticket: str) -> AsyncIterator[None]:
+    """Become a session's writer, here and among servers, before the block runs; it stays so unless the block fails.
+
+    Raises:
+        CapacityError: 409; the turn did not come in time.
+    """
+    until = asyncio.get_running_loop().time() + service.queue_seconds
+    async with contextlib.AsyncExitStack() as held:
+        with timed(service.meters, metrics.QUEUE_WAIT):
+            owned = service.directory.owned(session, ticket, service.queue_depth, service.queue_seconds)
+            await held.enter_async_context(owned)
+            await held.enter_async_context(service.leases.holding(session, until))
+        yield
 
 
 def blank(service: "SessionService", key: SessionKey) -> Record:

@@ -17,11 +17,11 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from deltamem_vllm import metrics
 from deltamem_vllm.audit.chain import Event
 from deltamem_vllm.audit.log import AuditLog
 from deltamem_vllm.errors import CapacityError, CorruptRecord, LeaseLost, StaleVersion, StoreError, StoreUnavailable
@@ -30,6 +30,8 @@ from deltamem_vllm.sessions.directory import Session, Unsaved, size_of
 from deltamem_vllm.sessions.grants import Grant
 from deltamem_vllm.sessions.histories import attributes_after
 from deltamem_vllm.sessions.masks import conversation, unwritten_before
+from deltamem_vllm.sessions.meters import Meters
+from deltamem_vllm.sessions.write_behind import WriteBehind
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey
 from deltamem_vllm.store.writer import CommitWriter
 
@@ -44,22 +46,6 @@ AUDIT_SECONDS = 5.0
 """How long what has happened waits for a log that is required, before its client is told all the same."""
 
 
-@dataclass(frozen=True, slots=True)
-class WriteBehind:
-    """What a kill may take of the versions that clients were told of before the store had them.
-
-    Attributes:
-        seconds: while a version has waited for this long, no commit is told ahead of the store.
-        versions: as many may wait, all sessions together.
-        growth: versions up to this number always wait for the store: they add to what is stored, so that a quota
-            may refuse them.
-    """
-
-    seconds: float = 1.0
-    versions: int = 1024
-    growth: int = 0
-
-
 class Commits:
     """Makes the commits of one engine.
 
@@ -70,9 +56,11 @@ class Commits:
         ahead: how far clients may be told ahead of the store; None: not at all.
         unsaved_bytes: host memory that records the store does not take may fill.
         audit: where what the store has taken is logged.
+        meters: counts what happens to sessions.
 
     Attributes:
         lost: versions that clients were told of and that the store does not have, nor ever will.
+        unsaved, backlog_bytes: those that it does not have yet, and the host memory that they take.
     """
 
     def __init__(
@@ -86,19 +74,29 @@ class Commits:
         ahead: WriteBehind | None = None,
         unsaved_bytes: int = 256 << 20,
         audit: AuditLog | None = None,
+        meters: Meters | None = None,
     ) -> None:
-        self._audit = audit
+        self._meters, self._audit = meters if meters is not None else Meters(), audit
         self._writer = writer
         self.layout, self.adapter, self.model, self.state_shape = layout, adapter, model, state_shape
         self.ahead, self.room = ahead, unsaved_bytes
-        self.lost = 0
-        self.unsaved = 0
-        self._bytes = 0
+        self.lost = self.unsaved = self.backlog_bytes = 0
         self._told: deque[Unsaved] = deque()  # in the order of telling; those gone meanwhile included
         self._waiting: OrderedDict[Session, None] = OrderedDict()  # sessions of the versions that count as unsaved
         self._troubled: set[Session] = set()  # those among them that the store could not take
         self._losses: OrderedDict[SessionKey, int] = OrderedDict()
         self._bringing: set[asyncio.Task[bool]] = set()
+
+    @property
+    def oldest(self) -> float:
+        """For how many seconds the oldest unsaved version has waited; 0: there is none."""
+        told = next((entry.told for entry in self._told if not entry.gone), None)
+        return 0.0 if told is None else time.monotonic() - told
+
+    @property
+    def degraded(self) -> bool:
+        """Whether versions wait that the store could not take."""
+        return bool(self._troubled)
 
     def lost_of(self, key: SessionKey) -> int:
         """Versions of one session that were lost in this process's life."""
@@ -112,8 +110,8 @@ class Commits:
         """
         if len(session.unsaved) >= MAX_UNSAVED:
             waits = f"{len(session.unsaved)} versions of session {session.key.session!r} wait"
-        elif self._bytes >= self.room:
-            waits = f"{self.unsaved} versions ({self._bytes} bytes, all that --deltamem-host-bytes allows) wait"
+        elif self.backlog_bytes >= self.room:
+            waits = f"{self.unsaved} versions ({self.backlog_bytes} bytes, all that --deltamem-host-bytes allows) wait"
         else:
             return
         raise CapacityError(
@@ -132,7 +130,8 @@ class Commits:
             self._audit.check()
 
     async def note(self, event: Event, key: SessionKey, version: int = 0, request_id: str = "") -> None:
-        """Log what has happened; waits for the log where it is required."""
+        """Count and log what has happened; waits for the log where it is required."""
+        self._meters.add(metrics.EVENTS, event)
         if self._audit is None:
             return
         logged = self._audit.append(event, key, version, request_id)
@@ -247,9 +246,8 @@ class Commits:
         if await self._bring(first):
             await asyncio.gather(*(self._bring(session) for session in others))
         elif first in self._waiting:
-            self._waiting.move_to_end(
-                first
-            )  # should it be the only one that is refused, the next round helps the others
+            # Should it be the only one that is refused, the next round helps the others.
+            self._waiting.move_to_end(first)
 
     async def finish(self, seconds: float) -> None:
         """The end: save what can be saved in ``seconds``, and say what is lost."""
@@ -275,7 +273,11 @@ class Commits:
         known = session.record.expect if session.record is not None else None
         if not session.loaded or known != grant.expect or version <= self.ahead.growth:
             return False
-        if len(session.unsaved) >= MAX_UNSAVED // 2 or self.unsaved >= self.ahead.versions or self._bytes >= self.room:
+        if (
+            len(session.unsaved) >= MAX_UNSAVED // 2
+            or self.unsaved >= self.ahead.versions
+            or self.backlog_bytes >= self.room
+        ):
             return False
         while self._told and self._told[0].gone:
             self._told.popleft()
@@ -288,7 +290,7 @@ class Commits:
         self._told.append(entry)
         self._waiting[session] = None
         self.unsaved += 1
-        self._bytes += size_of(entry.record)
+        self.backlog_bytes += size_of(entry.record)
         session.set_record(entry.record)
 
     def _done(self, entry: Unsaved) -> None:
@@ -296,7 +298,7 @@ class Commits:
         entry.gone = True
         if entry.told is not None:
             self.unsaved -= 1
-            self._bytes -= size_of(entry.record)
+            self.backlog_bytes -= size_of(entry.record)
         while self._told and self._told[0].gone:
             self._told.popleft()
 

@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from deltamem_vllm import metrics
 from deltamem_vllm.adapter.weights import load_adapter
 from deltamem_vllm.audit.log import AuditLog, audit_file, read_key
 from deltamem_vllm.config import Settings, settings_of
@@ -27,6 +28,7 @@ from deltamem_vllm.memory.pages import SUFFIX
 from deltamem_vllm.memory.preflight import backbone_shape, model_fingerprint
 from deltamem_vllm.redaction import install
 from deltamem_vllm.sessions.control import serve
+from deltamem_vllm.sessions.quality import corrections_of
 from deltamem_vllm.sessions.scheduler import SchedulerSide
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.sessions.steps import Answer, Step
@@ -46,6 +48,7 @@ def _guarded(instead: Callable[[], _T]) -> Callable[[Callable[..., _T]], Callabl
                 return hook(self, *args, **kwargs)
             except Exception:
                 logger.exception("deltamem: %s failed; the engine goes on", hook.__name__)
+                self.count_error()
                 return instead()
 
         return safe
@@ -93,6 +96,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             write_behind=settings.write_behind,
             ttl=settings.ttl,
             audit=_audit(settings, vllm_config.parallel_config.data_parallel_index),
+            layers=layer_ids,
+            corrections=corrections_of(adapter),
         )
         hold(settings.control)
         address = settings.control_address(vllm_config.parallel_config.data_parallel_index)
@@ -104,6 +109,13 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             state_shape,
             settings.session_slots,
         )
+
+    def count_error(self) -> None:
+        """A hook has failed."""
+        if self._service is not None:
+            self._service.meters.add(metrics.HOOK_ERRORS)
+        if self._worker is not None:
+            self._worker.hook_errors += 1
 
     # ------------------------------------------------------------------ scheduler
 

@@ -4,7 +4,7 @@ A Unix socket in a folder that only the server's user can enter; msgpack maps; a
 answer repeats. Nothing here is reachable from a network.
 
     admit    {ticket, tenant, session, mode, tokens (int32 bytes), salt, held, unwritten (spans), offered (spans),
-              pins, history, if_match, limits}
+              pins, history, if_match, elided, limits}
                                       → {salt, version, window, matched}
     outcome  {ticket}                 → {status, version, session, error}     answered when known (and durable)
     verdict  {ticket, tokens | None}  → {}
@@ -22,7 +22,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,6 +33,7 @@ import zmq.asyncio
 from deltamem_vllm.errors import CapacityError, DeltaMemError, PreconditionFailed, SessionError, StoreError
 from deltamem_vllm.sessions import management, pinning
 from deltamem_vllm.sessions.chain import Cut
+from deltamem_vllm.sessions.gauges import report
 from deltamem_vllm.sessions.grants import History
 from deltamem_vllm.sessions.histories import recall
 from deltamem_vllm.sessions.masks import normal
@@ -46,7 +47,12 @@ logger = logging.getLogger("vllm.deltamem")
 LOOK_SECONDS = 0.5
 """How often a question that waits looks whether its engine is still there."""
 
-QUESTIONS = {"recall": recall, **management.QUESTIONS, **pinning.QUESTIONS}
+QUESTIONS: dict[str, Callable[..., Awaitable[Any]]] = {
+    "recall": recall,
+    "metrics": report,
+    **management.QUESTIONS,
+    **pinning.QUESTIONS,
+}
 """Questions beside those that a generation needs, and who answers them; their fields are its arguments."""
 
 _pack, _unpack = msgspec.msgpack.encode, msgspec.msgpack.decode
@@ -138,6 +144,7 @@ async def _do(service: "SessionService", q: dict[str, Any]) -> Any:
                 pins=pinning.received(q.get("pins", ())),
                 history=_history(q.get("history")),
                 if_match=q.get("if_match"),
+                elided=q.get("elided", 0),
             )
         case "outcome":
             return await service.outcome(q["ticket"])

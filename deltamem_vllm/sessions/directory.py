@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,6 +75,11 @@ class Session:
     def owner(self) -> str | None:
         """The ticket that may commit, if any."""
         return self._owner
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for their turn."""
+        return len(self._waiting)
 
     @property
     def record_bytes(self) -> int:
@@ -168,11 +173,12 @@ class Directory:
 
     Attributes:
         used: bytes taken now.
+        dropped: sessions that were dropped to make room.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.used = 0
+        self.used = self.dropped = 0
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
 
     def __len__(self) -> int:
@@ -181,6 +187,9 @@ class Directory:
     def find(self, key: SessionKey) -> Session | None:
         """The session if it is known here; counts as no use."""
         return self._sessions.get(key)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._sessions.values())
 
     def idle(self) -> list[Session]:
         """The sessions that are known here and idle."""
@@ -221,6 +230,7 @@ class Directory:
                 self._sessions.move_to_end(key)
                 continue
             self.drop(session)
+            self.dropped += 1
 
     @contextlib.asynccontextmanager
     async def owned(self, session: Session, ticket: str, depth: int, seconds: float) -> AsyncIterator[None]:

@@ -22,6 +22,10 @@ ZERO = "zero"
 OutcomeStatus = Literal["committed", "pending", "unchanged", "aborted", "conflict", "degraded", "failed", "unknown"]
 
 
+WRITTEN = ("committed", "pending", "degraded")
+"""Outcomes after which the session has what the request wrote."""
+
+
 @dataclass(frozen=True)
 class History:
     """What a request says about the conversation it was rendered from, where its history may be left out.

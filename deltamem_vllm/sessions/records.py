@@ -7,9 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from deltamem_vllm import metrics
 from deltamem_vllm.errors import SessionError, StoreUnavailable
 from deltamem_vllm.sessions import attributes
 from deltamem_vllm.sessions.directory import Session
+from deltamem_vllm.sessions.meters import Meters
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore
 
 logger = logging.getLogger("vllm.deltamem")
@@ -24,6 +26,7 @@ class Records:
         store: where records persist.
         deleted: told of sessions that another server on the store has deleted.
         expired: told of sessions that were deleted here because they had outlived their own ttl.
+        meters: counts the looks.
         layout, adapter, model: what a record must have been made with.
     """
 
@@ -32,12 +35,13 @@ class Records:
         store: StateStore,
         deleted: Callable[[SessionKey], None],
         expired: Callable[[SessionKey], None],
+        meters: Meters,
         *,
         layout: str,
         adapter: str,
         model: str,
     ) -> None:
-        self.store, self._deleted, self._expired = store, deleted, expired
+        self.store, self._deleted, self._expired, self._meters = store, deleted, expired, meters
         self.layout, self.adapter, self.model = layout, adapter, model
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-load")
 
@@ -57,19 +61,37 @@ class Records:
             CorruptRecord, StoreUnavailable: it cannot be read.
             SessionError: 422; it was made with another adapter, model or shape.
         """
+        start = time.perf_counter()
         async with session.loading:
             if session.loaded and not session.unsaved:
                 await self._notice_other_writers(session)
-            if not session.loaded:
-                record = await self.on_loader(self.store.get, session.key)
-                if session.loaded:  # a commit has come meanwhile, and knows better
-                    return session.record
-                if record is not None:
-                    self.verify(record)
-                session.set_record(record)
+            source, outcome = "host" if session.loaded else "store", "error"
+            try:
+                found = await self._load(session)
+                outcome = "absent" if found is None else "found"
+            except SessionError:
+                outcome = "refused"
+                raise
+            except asyncio.CancelledError:
+                outcome = ""  # whoever asked has left
+                raise
+            finally:
+                if outcome:
+                    self._meters.add(metrics.LOADS, source, outcome)
+                    self._meters.observe(metrics.LOAD_SECONDS, time.perf_counter() - start, source)
             if session.owner in (None, ticket):
                 await self._expire(session)
             return session.record
+
+    async def _load(self, session: Session) -> Record | None:
+        if not session.loaded:
+            record = await self.on_loader(self.store.get, session.key)
+            if session.loaded:  # a commit has come meanwhile, and knows better
+                return session.record
+            if record is not None:
+                self.verify(record)
+            session.set_record(record)
+        return session.record
 
     async def _expire(self, session: Session) -> None:
         record = session.record

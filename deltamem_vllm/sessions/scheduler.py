@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 from vllm.v1.request import Request, RequestStatus
 
+from deltamem_vllm import metrics
 from deltamem_vllm.ops.paged import WRITE_ALL, WRITE_OFF
 from deltamem_vllm.sessions.grants import EXTRA, ZERO, Grant, state_digest
 from deltamem_vllm.sessions.marks import Marks
+from deltamem_vllm.sessions.meters import Sample, gauge
 from deltamem_vllm.sessions.service import VERDICT_SECONDS, SessionService
 from deltamem_vllm.sessions.slots import SlotTable
 from deltamem_vllm.sessions.steps import Answer, Commit, Seed, Step
+from deltamem_vllm.sessions.tickets import count_tokens
 
 logger = logging.getLogger("vllm.deltamem")
 
@@ -70,6 +73,9 @@ class SchedulerSide:
         self._taking: dict[str, Parts] = {}
         self.stale_orders = 0
         """Orders that a worker refused because they named a slot of another generation: 0, or a bug was contained."""
+        self._begun: set[str] = set()  # requests whose prompts were counted
+        self._meters = service.meters
+        service.watched.append(self._gauges)
 
     # ------------------------------------------------------------------ a request comes
 
@@ -78,13 +84,16 @@ class SchedulerSide:
         params = request.sampling_params
         ours = (params.extra_args or {}).get(EXTRA) if params is not None else None
         if not isinstance(ours, dict):
+            self._meters.add(metrics.REQUESTS, "none")
             return
         if ours.get("mode") == "off":
             self._off.add(request.request_id)
+            self._meters.add(metrics.REQUESTS, "off")
             return
         grant = self._service.claim(ours.get("ticket", ""))
         if grant is not None:
             self._grants[request.request_id] = grant
+            self._meters.add(metrics.REQUESTS, grant.mode)
             self._marks.follow(request.request_id, grant.spans)
             return
         # Too late: run it without memory, under a salt of its own, and commit nothing.
@@ -104,6 +113,7 @@ class SchedulerSide:
         while self._service.erased:
             self._step.zero += self._slots.release(self._service.erased.popleft())
         for new in output.scheduled_new_reqs:  # V2's model runner lists resumed requests here too
+            self._count_prompt(new.req_id, new.num_computed_tokens)
             self._seed(new.req_id, new.block_ids[self.group], new.num_computed_tokens)
             self._step.marks += self._marks.given(new.req_id, new.block_ids[self.group], anew=True)
         cached = output.scheduled_cached_reqs
@@ -132,15 +142,37 @@ class SchedulerSide:
         seed = Seed(request, blocks[0], WRITE_ALL, write_base=computed == 0)
         if grant is not None:
             seed.limit = grant.write_limit
-            if computed == 0 and grant.base is not None:
+            source = "cached" if computed else "empty" if grant.base is None else "device"
+            if source == "device" and grant.base is not None:
                 # A deleted session's running request may need its state once more, but only as long as it runs.
                 owner = request if self._service.was_deleted(grant.ticket) else grant.key
                 seed.place = self._slots.find(grant.base_digest, owner)
                 if seed.place is None:
                     seed.place, seed.fill = self._slots.take(grant.base_digest, owner), grant.base.tobytes()
+                    source = "host"
+            self._meters.add(metrics.SEEDS, source)
         elif request in self._off:
             seed.limit, seed.write_base = WRITE_OFF, False
         return seed
+
+    def _count_prompt(self, request: str, computed: int) -> None:
+        """A request begins to run; one that was preempted and begins again is not counted again."""
+        grant = self._grants.get(request)
+        if grant is not None and request not in self._begun:
+            self._begun.add(request)
+            self._meters.add(metrics.SESSION_PROMPT_TOKENS, by=grant.prompt_tokens)
+            self._meters.add(metrics.SESSION_CACHED_TOKENS, by=computed)
+
+    def _gauges(self) -> list[Sample]:
+        """For scrapes; called from another thread, and reads whole numbers only."""
+        used = len(self._slots)
+        return [
+            gauge(metrics.SESSIONS, self._slots.owners, "device"),
+            gauge(metrics.SESSION_SLOTS, used, "used"),
+            gauge(metrics.SESSION_SLOTS, self._slots.size - used, "free"),
+            gauge(metrics.EVICTIONS, self._slots.evictions, "device"),
+            gauge(metrics.ORDERS_REFUSED, self.stale_orders),
+        ]
 
     def _unseeded(self, request: str, why: str) -> None:
         """A request runs without its memory: it commits nothing, and no other may take its blocks for good."""
@@ -154,12 +186,14 @@ class SchedulerSide:
     def finish(self, request: Request, blocks: list[int]) -> bool:
         """A request ended. True if its blocks must be kept until its state has been taken."""
         self._off.discard(request.request_id)
+        self._begun.discard(request.request_id)
         self._marks.leave(request.request_id)
         self._step.zero += self._slots.release(request.request_id)
         grant = self._grants.pop(request.request_id, None)
         if grant is None:
             return False
         if not grant.commits:
+            count_tokens(self._meters, grant, request.num_tokens - 1)
             self._service.end(grant.ticket, "unchanged")
             return False
         held = Held(grant, list(request.all_token_ids), list(blocks), time.monotonic() + VERDICT_SECONDS)
@@ -202,6 +236,9 @@ class SchedulerSide:
     def receive(self, answer: Answer) -> None:
         """States that workers took, and what went wrong."""
         self.stale_orders += len(answer.stale)
+        self._meters.add(metrics.HOOK_ERRORS, by=answer.hook_errors)
+        if answer.sample.gates or answer.sample.outputs:
+            self._service.note_sample(answer.sample)
         for request, message in answer.errors.items():
             parts = self._taking.pop(request, None)
             if parts is not None:

@@ -12,29 +12,36 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from deltamem_vllm import metrics
 from deltamem_vllm.audit.log import AuditLog
 from deltamem_vllm.errors import SessionError
 from deltamem_vllm.names import Names
 from deltamem_vllm.sessions import management, pinning, windows
-from deltamem_vllm.sessions.changes import Match, check_match
-from deltamem_vllm.sessions.commits import Commits, WriteBehind
+from deltamem_vllm.sessions.changes import Match, check_match, in_turn
+from deltamem_vllm.sessions.commits import Commits
 from deltamem_vllm.sessions.directory import Directory, Session
 from deltamem_vllm.sessions.expiry import Expiry
 from deltamem_vllm.sessions.facts import Pin
-from deltamem_vllm.sessions.grants import Grant, History, cache_salt, state_digest
+from deltamem_vllm.sessions.gauges import StoreTotals
+from deltamem_vllm.sessions.grants import WRITTEN, Grant, History, cache_salt, state_digest
 from deltamem_vllm.sessions.histories import check_rendered_from
 from deltamem_vllm.sessions.leases import EngineLeases
 from deltamem_vllm.sessions.masks import Spans, conversation, place
+from deltamem_vllm.sessions.metered import metered
+from deltamem_vllm.sessions.meters import Meters, Sample, admission
+from deltamem_vllm.sessions.quality import Corrections, Quality, SampleOfMemory
 from deltamem_vllm.sessions.quotas import Quotas
 from deltamem_vllm.sessions.rates import Rates
 from deltamem_vllm.sessions.records import Records
-from deltamem_vllm.sessions.tickets import Ticket, Tickets
+from deltamem_vllm.sessions.tickets import Ticket, Tickets, count_tokens
+from deltamem_vllm.sessions.write_behind import WriteBehind
 from deltamem_vllm.store.protocol import Expect, SessionKey, StateStore
 from deltamem_vllm.store.url import open_store
 from deltamem_vllm.store.writer import CommitWriter
@@ -60,6 +67,8 @@ class SessionService:
         secret: the server's, at least 32 bytes.
         write_behind: (seconds, versions) that clients may be told ahead of the store; None: not at all.
         audit: where changes are logged; closed with the service.
+        layers: the model's numbers of the state's layers; none: from 0.
+        corrections: tells how large corrections are; None: not known.
     """
 
     def __init__(
@@ -77,12 +86,19 @@ class SessionService:
         write_behind: tuple[float, int] | None = None,
         ttl: float = 0.0,
         audit: AuditLog | None = None,
+        layers: Sequence[int] = (),
+        corrections: Corrections | None = None,
     ) -> None:
+        self.meters = Meters()
+        self.quality = Quality(self.meters, layers or range(state_shape[0]), corrections)
+        self.started_at, self.store_kind = time.time(), store_url.partition("://")[0]
+        self.watched: list[Callable[[], list[Sample]]] = []  # what else has gauges
         self.adapter, self.state_shape = adapter, state_shape
         self.queue_depth, self.queue_seconds = queue_depth, queue_seconds
-        self.store: StateStore = open_store(store_url)
+        self.store: StateStore = metered(open_store(store_url), self.meters)
+        self.totals = StoreTotals(self.store)
         self.records = Records(
-            self.store, self.forget_on_device, self._expired, layout=layout, adapter=adapter, model=model
+            self.store, self.forget_on_device, self._expired, self.meters, layout=layout, adapter=adapter, model=model
         )
         self.writer = CommitWriter(self.store)
         self.quotas = Quotas(self.records, state_shape)
@@ -98,6 +114,7 @@ class SessionService:
             ahead=WriteBehind(*write_behind, growth=self.quotas.growth) if write_behind is not None else None,
             unsaved_bytes=host_bytes,
             audit=audit,
+            meters=self.meters,
         )
         self.audit = audit
         self.directory = Directory(host_bytes)
@@ -197,6 +214,7 @@ class SessionService:
         pins: tuple[Pin, ...] = (),
         history: History | None = None,
         if_match: Match = None,
+        elided: int = 0,
     ) -> dict[str, Any]:
         """Give a prompt its place in a session: waits for its turn, here and among servers, reads the record, plans
         the window.
@@ -208,6 +226,7 @@ class SessionService:
             pins: facts to pin with the commit.
             history: how the prompt stands to the conversation that it was rendered from.
             if_match: versions of which the session must have one.
+            elided: tokens of its conversation that it does not have; only counted.
 
         Returns:
             prefix-cache salt for the engine request; the version it starts from; tokens already written.
@@ -222,14 +241,11 @@ class SessionService:
         self._admitting[ticket] = asyncio.current_task()
         try:
             asked = (session, ticket, mode, tokens, clients_salt, held, spans, offered, pins, history, if_match)
-            if mode == "readwrite":
-                until = self._loop.time() + self.queue_seconds
-                async with (
-                    self.directory.owned(session, ticket, self.queue_depth, self.queue_seconds),
-                    self.leases.holding(session, until),
-                ):
-                    return await self._grant(*asked)
-            return await self._grant(*asked)
+            with admission(self.meters, elided):
+                if mode == "readwrite":
+                    async with in_turn(self, session, ticket):
+                        return await self._grant(*asked)
+                return await self._grant(*asked)
         finally:
             self._admitting.pop(ticket, None)
 
@@ -324,6 +340,7 @@ class SessionService:
 
     def _expired(self, key: SessionKey) -> None:
         self.forget_on_device(key)
+        self.meters.add(metrics.EVENTS, "expire")
         if self.audit is not None:
             self.audit.append("expire", key)
 
@@ -351,19 +368,32 @@ class SessionService:
 
     def commit(self, ticket: str, tokens_fed: list[int], state: np.ndarray) -> None:
         """The request ended; make ``state [layers, H, r, r]`` after ``tokens_fed`` durable. Never blocks."""
-        self._call(lambda: self._spawn(self._commit(ticket, tokens_fed, state)))
+        arrived = time.perf_counter()
+        self._call(lambda: self._spawn(self._commit(ticket, tokens_fed, state, arrived)))
+
+    def note_sample(self, sample: SampleOfMemory) -> None:
+        """Workers have looked at what the memory does. Never blocks."""
+        self._call(self.quality.note_sample, sample)
 
     # ------------------------------------------------------------------ inside
 
-    async def _commit(self, ticket: str, tokens_fed: list[int], state: np.ndarray) -> None:
+    async def _commit(self, ticket: str, tokens_fed: list[int], state: np.ndarray, arrived: float) -> None:
         entry = self.tickets.get(ticket)
         if entry is None:
             return
         session = self.directory.get(entry.grant.key)
-        self.tickets.settle(ticket, await self.commits.commit(session, entry.grant, entry.deletions, tokens_fed, state))
+        outcome = await self.commits.commit(session, entry.grant, entry.deletions, tokens_fed, state)
+        self.meters.observe(metrics.COMMIT_SECONDS, time.perf_counter() - arrived)
+        if outcome["status"] in WRITTEN:
+            count_tokens(self.meters, entry.grant, len(tokens_fed))
+            self.quality.note_commit(state)
+        self.tickets.settle(ticket, outcome)
 
     def _settled(self, entry: Ticket) -> None:
         session = self.directory.get(entry.grant.key)
         session.release(entry.grant.ticket)
         if entry.grant.commits:
+            self.meters.add(metrics.COMMITS, status := entry.outcome.result()["status"])
+            if status == "conflict":
+                self.meters.add(metrics.CONFLICTS, "commit")
             self.leases.done(session)

@@ -31,9 +31,14 @@ class SlotTable:
 
     Args:
         slots: size of the pool.
+
+    Attributes:
+        size: the same.
+        evictions: states that made room for others.
     """
 
     def __init__(self, slots: int) -> None:
+        self.size, self.evictions = slots, 0
         self._free = list(range(slots - 1, -1, -1))
         self._generations = [0] * slots
         self._changes = 0
@@ -43,6 +48,11 @@ class SlotTable:
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    @property
+    def owners(self) -> int:
+        """How many own a state that is in a slot."""
+        return len(self._names)
 
     def find(self, digest: str, owner: Owner) -> Place | None:
         """Where a state lies; it becomes the most recently used, and ``owner`` one of its owners."""
@@ -64,6 +74,7 @@ class SlotTable:
             slot = self._free.pop()
         else:
             slot = self._forget(next(iter(self._slots)))
+            self.evictions += 1
         self._slots[name] = slot
         self._own(name, owner)
         return self._changed(slot)

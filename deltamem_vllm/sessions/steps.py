@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from deltamem_vllm.sessions.quality import SampleOfMemory
 from deltamem_vllm.sessions.slots import Place
 
 
@@ -73,11 +74,15 @@ class Answer(KVConnectorWorkerMetadata):
         states: states taken: per pipeline stage the adapter layers it holds and their bytes.
         errors: why an order was not followed.
         stale: requests whose order named a slot of another generation; each has an error too.
+        sample: what was seen of the memory by the way.
+        hook_errors: exceptions in this worker's hooks that no request was told of.
     """
 
     states: dict[str, list[tuple[tuple[int, ...], bytes]]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     stale: set[str] = field(default_factory=set)
+    sample: SampleOfMemory = field(default_factory=SampleOfMemory)
+    hook_errors: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "Answer":
         assert isinstance(other, Answer)
@@ -85,4 +90,6 @@ class Answer(KVConnectorWorkerMetadata):
             self.states.setdefault(request, []).extend(parts)
         self.errors.update(other.errors)
         self.stale |= other.stale
+        self.sample.update(other.sample)
+        self.hook_errors += other.hook_errors
         return self

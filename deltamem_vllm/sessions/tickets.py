@@ -11,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from deltamem_vllm import metrics
 from deltamem_vllm.sessions.grants import Grant
+from deltamem_vllm.sessions.masks import place, unwritten_before
+from deltamem_vllm.sessions.meters import Meters
 from deltamem_vllm.store.protocol import SessionKey
 
 CLAIM_SECONDS = 60.0
@@ -141,3 +144,18 @@ class Tickets:
                 return
             entry.claimed = True
         self.settle(ticket, {"status": "aborted", "error": why})
+
+
+def count_tokens(meters: Meters, grant: Grant, fed: int) -> None:
+    """Count what a request brought that its session had not been fed before.
+
+    Args:
+        fed: tokens that went through the model, its prompt's and its answer's.
+    """
+    start = place(grant.offered, grant.plan.matched)
+    if not grant.commits:
+        meters.add(metrics.TOKENS, "read_only", by=max(0, fed - start))
+        return
+    masked = unwritten_before(grant.spans, fed) - unwritten_before(grant.spans, start)
+    meters.add(metrics.TOKENS, "masked", by=masked)
+    meters.add(metrics.TOKENS, "written", by=max(0, fed - start - masked))

@@ -10,9 +10,11 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from deltamem_vllm.config import Settings
 from deltamem_vllm.memory.pages import StatePages
 from deltamem_vllm.memory.scan import kernels_for
+from deltamem_vllm.memory.watching import gate_means, typical_outputs
 from deltamem_vllm.ops.paged import WRITE_OFF
 from deltamem_vllm.sessions.pool import SessionPool, StaleOrder
-from deltamem_vllm.sessions.steps import Answer, Step
+from deltamem_vllm.sessions.quality import SAMPLED
+from deltamem_vllm.sessions.steps import Answer, Commit, Step
 
 logger = logging.getLogger("vllm.deltamem")
 
@@ -30,6 +32,8 @@ class WorkerSide:
         self._indices: tuple[int, ...] = ()
         self._answer = Answer()
         self._done: set[str] = set()
+        self._taken = 0  # commits so far
+        self.hook_errors = 0
 
     def bind(self) -> None:
         """vLLM has bound the KV caches: find this worker's pages."""
@@ -40,6 +44,8 @@ class WorkerSide:
             assert layers[0].pages is not None
             kernels = kernels_for(layers[0].pages.device, self._settings.kernel, layers[0].shape)
             self._pool = SessionPool(layers, list(self._indices), self._settings.session_slots, kernels)
+            outputs = typical_outputs(layers)
+            self._answer.sample.outputs = dict(zip(self._indices, outputs, strict=False))
 
     @torch.inference_mode()
     def carry_out(self, step: Step) -> None:
@@ -54,6 +60,7 @@ class WorkerSide:
                 self._refuse(commit.request, "the state of a request could not be taken", taken)
             elif ships:
                 self._answer.states[commit.request] = [(self._indices, taken)]
+                self._look_at(commit)
             self._done.add(commit.request)
         self._done.update(step.release)
         try:
@@ -70,6 +77,21 @@ class WorkerSide:
             if error is not None:  # it writes what it must not: its commit is refused
                 self._refuse(mark.request, "the write mask of a request could not be set", error)
 
+    def _look_at(self, commit: Commit) -> None:
+        """Of some commits, the gates."""
+        self._taken += 1
+        if self._taken % SAMPLED != 1:
+            return
+        assert self._pool is not None
+        try:
+            tokens = self._pool.layers[0].tokens
+            block = self._pool.kernel_block(commit.block) + (commit.count - 1) // tokens
+            means = gate_means(self._pool.layers, block, (commit.count - 1) % tokens + 1)
+            self._answer.sample.gates.update(zip(self._indices, means, strict=False))
+        except Exception:
+            logger.exception("the gates of a commit could not be looked at")
+            self.hook_errors += 1
+
     def _refuse(self, request: str, what: str, error: Exception) -> None:
         logger.error("%s: %s", what, error, exc_info=error)
         self._answer.errors[request] = f"{type(error).__name__}: {error}"
@@ -78,8 +100,11 @@ class WorkerSide:
 
     def take_answer(self) -> Answer | None:
         """What this step brought, once."""
+        if not (self._answer.states or self._answer.errors):
+            return None  # what else there is waits for the next one
         answer, self._answer = self._answer, Answer()
-        return answer if answer.states or answer.errors else None
+        answer.hook_errors, self.hook_errors = self.hook_errors, 0
+        return answer
 
     def take_done(self) -> set[str] | None:
         """Requests whose blocks may be freed."""

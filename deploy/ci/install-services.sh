@@ -22,4 +22,4 @@ command -v npm >/dev/null || apt-get install -y --no-install-recommends nodejs n
 for each in /usr/lib/postgresql/*/bin/initdb; do
     test -x "$each" || { echo "install-services.sh: initdb is missing after the installation" >&2; exit 1; }
 done
-command -v redis-server npm promtool
+for each in redis-server promtool npm; do command -v "$each"; done

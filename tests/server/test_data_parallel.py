@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from deltamem_vllm import metrics
 from deltamem_vllm.demo.server import VllmServer
+from tests.pages import Page, at, read
 from tests.server.conftest import FLAGS, HERE, MODEL
 from tests.server.streams import Stream, prompt
 from tests.server.talk import Talk, new_session, ok, outcome, refused
@@ -123,3 +125,23 @@ def test_a_session_is_copied_to_sessions_of_other_ranks(ranks: VllmServer) -> No
             assert outcome(fresh.complete(prompt(2), copy, n=2)) == (copy, "2", "committed")
             listed = [each["id"] for each in ok(fresh.get("/v1/sessions", params={"limit": 100}))["data"]]
             assert {source, *copies} <= set(listed), "any engine lists the whole store"
+
+
+def test_each_rank_is_counted_once_whichever_api_process_is_asked(ranks: VllmServer) -> None:
+    def page() -> Page:
+        with Talk(ranks.base_url) as fresh:
+            return read(fresh.get("/metrics").text)
+
+    def committed(now: Page) -> list[float]:
+        return [at(now, metrics.COMMITS, engine=rank, outcome="committed") for rank in "01"]
+
+    before = page()
+    for _ in range(8):
+        with Talk(ranks.base_url) as fresh:
+            ok(fresh.complete(prompt(1), new_session(), n=2))
+    pages = [page() for _ in range(10)]  # connections of their own: of one API process or of the other
+    assert {tuple(committed(each)) for each in pages} == {tuple(committed(pages[0]))}
+    assert sum(committed(pages[0])) == sum(committed(before)) + 8
+    for each in pages:
+        assert [at(each, metrics.UP, engine=rank) for rank in "01"] == [1, 1]
+        assert [labels for name, labels in each if name == metrics.STORE_SESSIONS.name] == ['engine="0"']
