@@ -276,4 +276,3 @@ def main() -> None:
             pipe.send(answer)
     except (EOFError, OSError):
         served.stop()
-
