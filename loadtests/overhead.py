@@ -38,8 +38,10 @@ def setups(folder: Path, size: Size, options: dict[str, Any]) -> dict[str, Setup
     adapter = str(write_adapter(folder / "adapter", size.backbone))
     lora = str(write_lora(folder / "lora", size.backbone))
     common = {"load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False, **options}
-    # Idle arms leave both cores to the one whose turn it is.
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    # One thread, and the worker within the engine core's process: processes that wait for each other in a loop would
+    # take the second core from a step's second thread now and then.
+    common |= {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     return {
         VANILLA: Setup(model, options=common, env=env),
         MEMORY: Setup(model, adapter, options=common, env=env),

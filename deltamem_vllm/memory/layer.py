@@ -1,7 +1,7 @@
 """One wrapped attention layer: the memory is read and written where q, k and v are made, and corrects them and o.
 
-    hook on qkv_proj (or q/k/v_proj)     reads = scan(projected)          (deltamem::scan: the one node of a graph)
-                                         output += reads · M_qkv
+    hooks on qkv_proj (or q/k/v_proj)    reads = scan(projected)          (deltamem::scan: the one node of a graph)
+                                         output += reads · M_q, M_k, M_v
     hook on o_proj                       output += reads · M_o
 
 where M is a correction's matrix times alpha / rank and its trained scale, and ``projected`` = input · Wᵀ comes out of
@@ -85,39 +85,40 @@ class MemoryLayer(nn.Module):
         found: torch.Tensor | None = getattr(self, f"matrix_{head}", None)
         return found
 
-    def correct_qkv(self, rows: torch.Tensor, reads: torch.Tensor, widths: Mapping[Head, int]) -> list[torch.Tensor]:
+    def correct_qkv(self, rows: torch.Tensor, widths: Mapping[Head, int]) -> list[torch.Tensor]:
         """q, k and v of rows [T, q | k | v | …], corrected."""
         parts = []
         for head, part in zip(widths, rows[:, : sum(widths.values())].split([*widths.values()], dim=-1), strict=True):
             matrix = self.matrix(head)
-            parts.append(part if matrix is None else correct(part, reads, matrix))
+            parts.append(part if matrix is None else correct(part, self.reads, matrix))
         return parts
 
-    def read(self, hidden: torch.Tensor, fused: torch.Tensor | None = None) -> torch.Tensor:
+    def read(self, projected: torch.Tensor) -> torch.Tensor:
         """Run the memory over this step's tokens; returns the reads [T, R] fp32, and keeps them for the corrections.
 
         Args:
-            hidden: [..., D], input of the layer's projections.
-            fused: [T, N] of which the last C columns are the memory's projection; None: it is computed here.
+            projected: [T, C], which may be columns of a wider tensor.
         """
-        if fused is None:
-            assert self.projection is not None
-            projected = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.projection)
-        else:
-            projected = fused[:, -self.pages.shape.projected_columns :]
         reads = torch.empty((projected.shape[0], self.width), dtype=torch.float32, device=projected.device)
         torch.ops.deltamem.scan(projected, self.bias, reads, self.pages.prefix)
         self._reads = reads
         return reads
 
-    def reads(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The step's reads; read now if nobody has yet."""
-        return self.read(hidden) if self._reads is None else self._reads
+    def read_once(self, hidden: torch.Tensor) -> None:
+        """Project the input [..., D] of the layer's q, k and v here and read, unless one of them has done so."""
+        if self._reads is None:
+            assert self.projection is not None
+            self.read(F.linear(hidden.reshape(-1, hidden.shape[-1]), self.projection))
+
+    @property
+    def reads(self) -> torch.Tensor:
+        """[T, R] fp32: what this step has read."""
+        assert self._reads is not None
+        return self._reads
 
     def correct_o(self, output: torch.Tensor) -> torch.Tensor:
         """o_proj's output [T, D] with its correction."""
-        reads, matrix = self._reads, self.matrix("o")
-        assert reads is not None
+        reads, matrix = self.reads, self.matrix("o")
         if matrix is None:
             return output
         if self.o_norm_weight is None:
@@ -146,13 +147,17 @@ def attach(module: Any, memory: MemoryLayer, sizes: tuple[int, int]) -> bool:
     module.o_proj.register_forward_hook(_last_hook(memory))
     if not hasattr(module, "qkv_proj"):
         for head in QKV:
-            getattr(module, f"{head}_proj").register_forward_hook(_plain_hook(memory, head))
+            linear = getattr(module, f"{head}_proj")
+            linear.register_forward_pre_hook(_first_hook(memory))
+            linear.register_forward_hook(_plain_hook(memory, head))
         return False
     appended = can_append(module.qkv_proj)
     if appended:
         assert memory.projection is not None
         append_rows(module.qkv_proj, memory.projection)
         memory.projection = None
+    else:
+        module.qkv_proj.register_forward_pre_hook(_first_hook(memory))
     widths: dict[Head, int] = {"q": sizes[0], "k": sizes[1], "v": sizes[1]}
     parts = type(module).__name__ in SPLIT_AT_ONCE
     module.qkv_proj.register_forward_hook(_fused_hook(memory, widths, appended, parts))
@@ -168,12 +173,22 @@ def _changed(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any
     return rows.view(*output.shape[:-1], rows.shape[-1])
 
 
+def _first_hook(memory: MemoryLayer) -> Callable[..., Any]:
+    """Before the linear runs: a quantised one may round its input in place."""
+
+    def hook(module: nn.Module, args: Any) -> None:
+        memory.read_once(args[0])
+
+    return hook
+
+
 def _fused_hook(memory: MemoryLayer, widths: Mapping[Head, int], appended: bool, parts: bool) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         value, *rest = output if isinstance(output, tuple) else (output,)
         rows = value.reshape(-1, value.shape[-1])
-        reads = memory.read(args[0], rows if appended else None)
-        made = memory.correct_qkv(rows, reads, widths)
+        if appended:
+            memory.read(rows[:, -memory.pages.shape.projected_columns :])
+        made = memory.correct_qkv(rows, widths)
         result = Parts(*made) if parts else torch.cat(made, dim=-1).view(*value.shape[:-1], sum(widths.values()))
         return (result, *rest) if isinstance(output, tuple) else result
 
@@ -182,7 +197,7 @@ def _fused_hook(memory: MemoryLayer, widths: Mapping[Head, int], appended: bool,
 
 def _plain_hook(memory: MemoryLayer, head: Head) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        reads, matrix = memory.reads(args[0]), memory.matrix(head)
+        reads, matrix = memory.reads, memory.matrix(head)
         return output if matrix is None else _changed(output, lambda rows: correct(rows, reads, matrix))
 
     return hook

@@ -158,6 +158,11 @@ class Engine:
         """Graphs that torch.compile has traced in the first worker; needs `ASK_INSIDE` in the environment."""
         return int(self._call(CALL_SECONDS, "compiled_graphs"))
 
+    def launches(self) -> dict[str, int]:
+        """What the first worker's compiled model calls, by name; needs `ASK_INSIDE` in the environment."""
+        found: dict[str, int] = self._call(CALL_SECONDS, "launches")
+        return found
+
     def pool_states(self) -> list[bytes]:
         """Per slot of the first worker's session pool, its bytes; needs `ASK_INSIDE` in the environment."""
         states: list[bytes] = self._call(CALL_SECONDS, "pool_states")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 
@@ -10,6 +13,20 @@ def compiled_graphs(worker: Any) -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
+
+
+def launches(worker: Any) -> dict[str, int]:
+    """Calls in the code that Inductor wrote for the model, by name; its own kernels together as ``kernels``."""
+    from torch._inductor.codecache import PyCodeCache
+
+    call = re.compile(
+        r"^ +(?:(cpp_fused)\w*|extern_kernels\.(\w+)|torch\.ops\.([\w.]+?)(?:\.default)?)\(", re.MULTILINE
+    )
+    sources = [Path(module.__file__).read_text() for module in PyCodeCache.modules]
+    counted: Counter[str] = Counter()
+    for kernel, extern, op in (match for source in sources for match in call.findall(source)):
+        counted["kernels" if kernel else extern or op] += 1
+    return dict(counted)
 
 
 def pool_states(worker: Any) -> list[bytes]:

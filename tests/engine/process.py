@@ -13,6 +13,7 @@ from typing import Any
 from tests.engine.asking import Ask, Reply, Top
 from tests.engine.engine import Setup
 from tests.engine.inside import compiled_graphs, plant, pool_states, wrapped_layers
+from tests.engine.inside import launches as launches_of
 from tests.engine.stepping import Aborted, Stepped, stepped
 
 TOP = 20
@@ -101,6 +102,10 @@ class Served:
     def compiled_graphs(self) -> int:
         """See `Engine.compiled_graphs`."""
         return int(self.llm.collective_rpc(compiled_graphs)[0])
+
+    def launches(self) -> dict[str, int]:
+        """See `Engine.launches`."""
+        return dict(self.llm.collective_rpc(launches_of)[0])
 
     def pool_states(self) -> list[bytes]:
         """See `Engine.pool_states`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
 
+from tests.engine.asking import Ask
 from tests.engine.engine import Engine
 from tests.engine.official import Case, case
 from tests.engine.runs import RUNS
@@ -19,6 +21,28 @@ def configured(request: pytest.FixtureRequest) -> Iterator[tuple[str, Engine, Ca
     expected = case(EXPECTED)
     with Engine(setup(request.param, expected), request.param) as engine:
         yield request.param, engine, expected
+
+
+def check_launches(calls: dict[str, int], layers: int) -> None:
+    """Per layer the model's own four products, and one further launch: the memory's projection is in one of those
+    products, its corrections are in kernels that are there without it."""
+    products = sum(count for name, count in calls.items() if name.endswith(("onednn_mm", "mm", "linear")))
+    assert products == 4 * layers
+    assert calls["deltamem.scan"] == layers
+
+
+@pytest.mark.nightly
+def test_a_memory_adds_one_launch_per_layer() -> None:
+    expected = case(EXPECTED)
+    counted = []
+    for adapter in (None, expected.adapter):
+        made = dataclasses.replace(setup("compiled", expected), adapter=adapter)
+        with Engine(made, f"launches {'with' if adapter else 'without'} memory") as engine:
+            engine.one(Ask(expected.prompt("first_turn"), None, n=2))
+            counted.append(engine.launches())
+    without, with_memory = counted
+    assert with_memory.pop("deltamem.scan") == 3
+    assert with_memory == without
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -37,6 +61,7 @@ def test_the_configuration_was_at_work(configured: tuple[str, Engine, Case]) -> 
             assert engine.metric("vllm:spec_decode_num_drafts") > 0
         case "compiled":
             assert engine.compiled_graphs() > 0
+            check_launches(engine.launches(), layers=3)
         case "v2_async":
             assert engine.setting("scheduler_config.async_scheduling")
             assert engine.setting("use_v2_model_runner")
