@@ -9,7 +9,13 @@ from typing import Any
 from fastapi import FastAPI
 
 from deltamem_vllm import redaction
-from deltamem_vllm.compat import api_keys, before_shutdown, end_requests_with_their_engine, wake_engine
+from deltamem_vllm.compat import (
+    api_keys,
+    before_shutdown,
+    end_requests_with_their_engine,
+    outermost,
+    wake_engine,
+)
 from deltamem_vllm.config import PLUGIN, Settings, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.names import Names
@@ -22,6 +28,7 @@ from deltamem_vllm.server.gateway import Gateway
 from deltamem_vllm.server.middleware import SessionMiddleware
 from deltamem_vllm.server.named import noting_session
 from deltamem_vllm.server.offering import Offering
+from deltamem_vllm.server.page import PAGE_ID, Page
 from deltamem_vllm.server.routes import make_router
 from deltamem_vllm.server.scope import current
 from deltamem_vllm.server.tenants import FileKeys, OneTenant, ServerKeys, Tenants
@@ -39,12 +46,16 @@ class DeltaMemEndpoints:
         settings = settings_of(app.state.args)
         app.state.deltamem_tenants = tenants = _tenants(settings, app.state.args)
         app.state.deltamem_drain = drain = Drain()
+        page = settings is not None and settings.ui
         app.add_middleware(
             SessionMiddleware,
             session_header=settings.session_header if settings else "X-Session-ID",
             tenants=tenants,
             drain=drain,
+            reserved=frozenset({PAGE_ID} if page else ()),
         )
+        if page:
+            outermost(app, Page)
         if settings is not None:
             redaction.install(partial(_log_context, Names(settings.secret())))
         app.include_router(make_router())

@@ -31,7 +31,7 @@ import zmq
 import zmq.asyncio
 
 from deltamem_vllm.errors import CapacityError, DeltaMemError, PreconditionFailed, SessionError, StoreError
-from deltamem_vllm.sessions import management, pinning
+from deltamem_vllm.sessions import inspection, management, pinning
 from deltamem_vllm.sessions.chain import Cut
 from deltamem_vllm.sessions.grants import History
 from deltamem_vllm.sessions.histories import recall
@@ -46,7 +46,7 @@ logger = logging.getLogger("vllm.deltamem")
 LOOK_SECONDS = 0.5
 """How often a question that waits looks whether its engine is still there."""
 
-QUESTIONS = {"recall": recall, **management.QUESTIONS, **pinning.QUESTIONS}
+QUESTIONS = {"recall": recall, **management.QUESTIONS, **inspection.QUESTIONS, **pinning.QUESTIONS}
 """Questions beside those that a generation needs, and who answers them; their fields are its arguments."""
 
 _pack, _unpack = msgspec.msgpack.encode, msgspec.msgpack.decode
