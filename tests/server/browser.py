@@ -3,6 +3,8 @@
 import base64
 import itertools
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -83,7 +85,8 @@ class Browser:
 
     def text(self, selector: str) -> str:
         """What the first element that matches shows; empty where it is hidden."""
-        return str(self.get(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''"))
+        found = f"document.querySelector({json.dumps(selector)})"
+        return str(self.get(f"{found}?.checkVisibility() ? {found}.innerText : ''"))
 
     def texts(self, selector: str) -> list[str]:
         """What each element that matches shows."""
@@ -137,7 +140,8 @@ def browser(folder: Path) -> Iterator[Browser]:
     remedy = "run deploy/ci/install-services.sh as root"
     command = [program("chromium", remedy=remedy), *FLAGS, f"--user-data-dir={folder}/profile"]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([*command, "--window-size=1280,900", "about:blank"], stdout=log, stderr=log)
+        command += ["--window-size=1280,900", "about:blank"]
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         port = folder / "profile" / "DevToolsActivePort"
         end = time.monotonic() + WAIT
@@ -149,5 +153,5 @@ def browser(folder: Path) -> Iterator[Browser]:
         with connect(f"ws://127.0.0.1:{number}{path}", max_size=None, compression=None) as socket:
             yield Browser(socket)
     finally:
-        process.terminate()
-        process.wait(WAIT)
+        os.killpg(process.pid, signal.SIGKILL)  # its helpers too; nothing of the profile is to be kept
+        process.wait()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from PIL import Image
 
 from deltamem_vllm.demo.script import ASKED, TOLD
 from deltamem_vllm.demo.server import SMALL, VllmServer
@@ -20,7 +21,7 @@ from tests.server.talk import API_KEY, Talk, memory_headers, ok
 
 PICTURE = ROOT / "docs" / "images" / "sessions-page.png"
 PATH = "/v1/sessions/ui"
-WIDTH, HEIGHT = 1280, 980
+WIDTH, HEIGHT = 1280, 1240
 
 
 def say(talk: Talk, session: str, *messages: str) -> None:
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str]) -> int:
             page.choose("clara")
             file.parent.mkdir(parents=True, exist_ok=True)
             b.picture(file, WIDTH, HEIGHT)
+            Image.open(file).quantize(256).save(file, optimize=True)  # a page has few colours
     print(f"{file}: {file.stat().st_size} bytes")
     return 0
 
