@@ -237,8 +237,7 @@ def outermost(app: Any, middleware: Callable[[Any], Any]) -> None:
     vllm 0.32: ``build_app`` puts its own middlewares around those of endpoint plugins; until these may say where theirs
     belong.
     """
-    build = app.build_middleware_stack
-    app.build_middleware_stack = lambda: middleware(build())
+    _wrap(app, "build_middleware_stack", lambda build: lambda: middleware(build()))
 
 
 def before_shutdown(engine_client: Any, finish: Callable[[float, Callable[[], None]], float]) -> None:

@@ -130,6 +130,7 @@ class Browser:
     def picture(self, file: Path, width: int, height: int) -> None:
         """A PNG of the page's upper part."""
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.ask("Emulation.setScrollbarsHidden", hidden=True)
         self.get("window.scrollTo(0, 0)")
         file.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", format="png")["data"]))
 
