@@ -35,13 +35,13 @@ PORT ?= 8000
 serve: venv
 	@exec $(PY) -m deltamem_vllm.demo serve --port $(PORT)
 
-# Tests start PostgreSQL, Redis, Prometheus and a JavaScript client of their own; where the programs are missing, Debian's
-# packages are installed (root). `command -v` of several programs succeeds if one is there: one at a time.
+# Tests start PostgreSQL, Redis, Chromium and a JavaScript client of their own, and check with Prometheus' promtool; where the
+# programs are missing, Debian's packages are installed (root).
 JAVASCRIPT = tests/server/javascript
 services:
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && \
-	command -v redis-server >/dev/null && command -v promtool >/dev/null && command -v npm >/dev/null || \
-	{ echo 'installing PostgreSQL, Redis, Prometheus and Node.js (Debian packages)'; deploy/ci/install-services.sh >/dev/null; }
+	(for each in redis-server npm promtool chromium; do command -v $$each >/dev/null || exit 1; done) || \
+	{ echo 'installing PostgreSQL, Redis, Prometheus, Chromium and Node.js (Debian packages)'; deploy/ci/install-services.sh >/dev/null; }
 	@cmp -s $(JAVASCRIPT)/package-lock.json $(JAVASCRIPT)/node_modules/.from || \
 	{ npm ci --prefix $(JAVASCRIPT) --prefer-offline --no-audit --no-fund --loglevel error >/dev/null && \
 	  cp $(JAVASCRIPT)/package-lock.json $(JAVASCRIPT)/node_modules/.from || \

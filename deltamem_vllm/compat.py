@@ -264,6 +264,15 @@ async def end_requests_with_their_engine(engine_client: Any, seconds: float = 0.
     engine_client.output_processor.propagate_error(engine_client.dead_error)
 
 
+def outermost(app: Any, middleware: Callable[[Any], Any]) -> None:
+    """Put an ASGI middleware around all others of an application, vLLM's authentication included.
+
+    vllm 0.32: ``build_app`` puts its own middlewares around those of endpoint plugins; until these may say where theirs
+    belong.
+    """
+    _wrap(app, "build_middleware_stack", lambda build: lambda: middleware(build()))
+
+
 def before_shutdown(engine_client: Any, finish: Callable[[float, Callable[[], None]], float]) -> None:
     """Call ``finish(seconds, abort)`` before the engines are asked to end, on another thread than the event loop's.
 

@@ -58,6 +58,7 @@ class Settings(BaseModel):
         kernel: ``auto`` takes the compiled operators where they load, on a GPU else Triton's; ``torch`` forces the slow
             fallback.
         key_file: tenants and the digests of their keys (`deltamem_vllm.server.tenants`); empty: none.
+        ui: serve the page of `deltamem_vllm.server.page`.
         open: serve sessions without any key to whoever can reach the server.
         secret_file: file whose bytes key the names that sessions have in the engine, in KV events and in logs; empty:
             a fresh random secret with each start.
@@ -86,6 +87,7 @@ class Settings(BaseModel):
     audit: str = ""
     audit_required: bool = False
     kernel: Literal["auto", "native", "triton", "torch"] = "auto"
+    ui: bool = False
     key_file: str = ""
     open: bool = False
     secret_file: str = ""

@@ -103,6 +103,10 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "Refuse changes with 503 while the audit log cannot be written.",
     },
+    "ui": {
+        "action": "store_true",
+        "help": "Serve a page to look at sessions with, at /v1/sessions/ui; no session can be called ui then.",
+    },
     "key-file": {
         "metavar": "PATH",
         "help": "Tenants, the digests of their API keys and their quotas (see deltamem keys --help); read again when "

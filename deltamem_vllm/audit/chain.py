@@ -18,6 +18,7 @@ Event = Literal[
     "create",
     "commit",
     "export",
+    "inspect",
     "import",
     "rollback",
     "reset",

@@ -14,6 +14,7 @@ from deltamem_vllm.compat import (
     before_shutdown,
     end_requests_with_their_engine,
     on_request_span,
+    outermost,
     wake_engine,
 )
 from deltamem_vllm.config import PLUGIN, Settings, settings_of
@@ -29,6 +30,7 @@ from deltamem_vllm.server.metrics_page import MetricsPage
 from deltamem_vllm.server.middleware import SessionMiddleware
 from deltamem_vllm.server.named import noting_session
 from deltamem_vllm.server.offering import Offering
+from deltamem_vllm.server.page import PAGE_ID, Page
 from deltamem_vllm.server.routes import make_router
 from deltamem_vllm.server.scope import current
 from deltamem_vllm.server.spans import RequestSpans
@@ -48,12 +50,16 @@ class DeltaMemEndpoints:
         app.state.deltamem_tenants = tenants = _tenants(settings, app.state.args)
         app.state.deltamem_drain = drain = Drain()
         app.add_middleware(MetricsPage)
+        page = settings is not None and settings.ui
         app.add_middleware(
             SessionMiddleware,
             session_header=settings.session_header if settings else "X-Session-ID",
             tenants=tenants,
             drain=drain,
+            reserved=frozenset({PAGE_ID} if page else ()),
         )
+        if page:
+            outermost(app, Page)
         if settings is not None:
             redaction.install(partial(_log_context, Names(settings.secret())))
         app.include_router(make_router())

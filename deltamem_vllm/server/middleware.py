@@ -70,6 +70,7 @@ class SessionMiddleware:
         session_header: name of the header that vLLM's own code does not know; renamed to ``X-Session-ID`` for it.
         tenants: tells whose request it is.
         drain: counts the responses under way, and knows when no more are begun.
+        reserved: ids that no session can have.
     """
 
     def __init__(
@@ -78,11 +79,13 @@ class SessionMiddleware:
         session_header: str = "X-Session-ID",
         tenants: Tenants | None = None,
         drain: Drain | None = None,
+        reserved: frozenset[str] = frozenset(),
     ) -> None:
         self.app = app
         self.drain = drain if drain is not None else Drain()
         self.tenants = tenants if tenants is not None else OneTenant()
         self.header = session_header.lower().encode()
+        self.reserved = reserved
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -96,7 +99,7 @@ class SessionMiddleware:
             await self._serve(scope, receive, send)
 
     async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
-        ours = Scope(tenant=self.tenants.of(bearer(scope["headers"])))
+        ours = Scope(tenant=self.tenants.of(bearer(scope["headers"])), reserved=self.reserved)
         if ours.tenant is None and self._guarded(scope):
             await _turn_away(scope, send, no_key("this server needs an API key, and the request has none of its"))
             return

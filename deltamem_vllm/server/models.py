@@ -126,6 +126,30 @@ class SessionInfo(BaseModel):
     state: list[LayerState] = Field(default=[], description="Its memory, layer by layer.")
 
 
+class LayerMemory(LayerState):
+    """One layer's memory."""
+
+    change: float = Field(description="Norm of what the present window has changed.")
+    values: list[list[list[float]]] | None = Field(
+        default=None, description="Heads of rows (value) of columns (key), to 6 digits; null: not in this answer."
+    )
+
+
+class SessionMemory(BaseModel):
+    """The memory of one version of a session."""
+
+    id: str
+    object: Literal["session.state"] = "session.state"
+    version: int
+    updated_at: float = Field(description="Unix seconds of this version.")
+    tokens: int = Field(description="Tokens written to it.")
+    heads: int = Field(description="Memories per layer.")
+    rank: int = Field(description="Rows and columns of each.")
+    norm: float = Field(description="Frobenius norm of all layers together.")
+    layers: list[LayerMemory]
+    next: int | None = Field(default=None, description="Send it as `first` for the values of further layers.")
+
+
 class SessionRow(BaseModel):
     """A session, or one version of it, as the store lists it."""
 

@@ -7,6 +7,7 @@ session to another is read from the first one's engine and created at the second
 import hashlib
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
 from deltamem_vllm.errors import SessionError
@@ -18,6 +19,7 @@ from deltamem_vllm.server.models import (
     SessionFork,
     SessionInfo,
     SessionList,
+    SessionMemory,
     SessionRollback,
     SessionRow,
     SessionUpdate,
@@ -195,6 +197,22 @@ def make_router() -> APIRouter:
         headers = {"ETag": f'"{found["version"]}"', "Cache-Control": "no-store"}
         return Response(found["data"], media_type="application/octet-stream", headers=headers)
 
+    @router.get("/{session_id}/state", response_model=SessionMemory, responses=refusals(400, 404, 422, 503))
+    async def get_state(
+        session_id: Id,
+        request: Request,
+        response: Response,
+        version: Kept = None,
+        values: Annotated[bool, Query(description="False: norms only.")] = True,
+        first: Annotated[int, Query(ge=0, le=10_000, description="The layer whose values come first.")] = 0,
+    ) -> Any:
+        """The memory itself, in numbers. Of a large one each answer has the values of some layers."""
+        found = await ask(request, session_id, "state", version=version, values=values, first=first)
+        if found is None:
+            raise not_found(session_id)
+        response.headers["Cache-Control"] = "no-store"
+        return _memory(session_id, found)
+
     @router.delete("/{session_id}", response_model=SessionDeleted, responses=refusals(400, 404, 409, 412, 422, 503))
     async def delete_session(session_id: Id, request: Request, match: Match) -> Any:
         """Erase a session. A request that is running finishes and commits nothing."""
@@ -206,6 +224,27 @@ def make_router() -> APIRouter:
         return SessionDeleted(id=session_id, erased=erased)
 
     return router
+
+
+def _memory(session_id: str, found: dict[str, Any]) -> SessionMemory:
+    """What `deltamem_vllm.sessions.inspection.state` found, for people."""
+    count, heads, rank = found["shape"]
+    layers, first = found["layers"], found["first"]
+    values = np.frombuffer(found["values"], np.float32).reshape(-1, heads, rank, rank)
+    for layer, of_layer in zip(layers[first:], values.tolist(), strict=False):
+        layer["values"] = [[[float(f"{x:.6g}") for x in row] for row in head] for head in of_layer]
+    after = first + len(values)
+    return SessionMemory(
+        id=session_id,
+        version=found["version"],
+        updated_at=found["updated_at"],
+        tokens=found["tokens"],
+        heads=heads,
+        rank=rank,
+        norm=found["norm"],
+        layers=layers,
+        next=after if first < after < count else None,
+    )
 
 
 async def _body(request: Request, limit: int) -> bytes:

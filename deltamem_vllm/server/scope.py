@@ -34,6 +34,7 @@ class Scope:
         header_id: the session id of its header, if any.
         ids: every session id it is known to name so far.
         elided_messages, elided_tokens: what of a resent history was left out.
+        reserved: ids that no session can have, because the server has something else at their paths.
         admitted: its first engine request was let through.
         engine_calls: how many engine requests it has made with a session it may write.
         outcome: what the session service said of its ticket.
@@ -49,6 +50,7 @@ class Scope:
     elided_messages: int = 0
     elided_tokens: int = 0
     ids: set[str] = field(default_factory=set)
+    reserved: frozenset[str] = frozenset()
     admitted: bool = False
     engine_calls: int = 0
     outcome: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +93,13 @@ def check_id(value: Any, parameter: str) -> str:
         shown = repr(value[:64]) if isinstance(value, str) else repr(value)[:64]
         raise SessionError(
             f"invalid session id {shown}: use 1 to 128 of A-Z a-z 0-9 . _ : -", status=400, parameter=parameter
+        )
+    scope = current.get()
+    if scope is not None and value in scope.reserved:
+        raise SessionError(
+            f"no session can be called {value!r} on this server, which has a page at its path: use another id",
+            status=400,
+            parameter=parameter,
         )
     return value
 

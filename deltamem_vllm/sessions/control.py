@@ -31,7 +31,7 @@ import zmq
 import zmq.asyncio
 
 from deltamem_vllm.errors import CapacityError, DeltaMemError, PreconditionFailed, SessionError, StoreError
-from deltamem_vllm.sessions import management, pinning
+from deltamem_vllm.sessions import inspection, management, pinning
 from deltamem_vllm.sessions.chain import Cut
 from deltamem_vllm.sessions.gauges import report
 from deltamem_vllm.sessions.grants import History
@@ -51,6 +51,7 @@ QUESTIONS: dict[str, Callable[..., Awaitable[Any]]] = {
     "recall": recall,
     "metrics": report,
     **management.QUESTIONS,
+    **inspection.QUESTIONS,
     **pinning.QUESTIONS,
 }
 """Questions beside those that a generation needs, and who answers them; their fields are its arguments."""

@@ -200,12 +200,7 @@ async def export(
         return None
     check_match(key, record, if_match)
     if version is not None and version != record.version:
-        kept = await service.records.on_loader(service.records.store.get_version, key, version)
-        if kept is None or kept.incarnation != record.incarnation:
-            raise SessionError(
-                f"session {key.session!r} does not keep version {version}", status=404, parameter="version"
-            )
-        service.records.verify(kept)
+        kept = await service.records.kept(record, version)
         # As with a rollback: what was erased beside the memory must not come back with an older one.
         beside = msgspec.structs.replace(unpack(record.attributes), chain=unpack(kept.attributes).chain)
         record = dataclasses.replace(kept, attributes=pack(beside))

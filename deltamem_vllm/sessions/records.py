@@ -93,6 +93,26 @@ class Records:
             session.set_record(record)
         return session.record
 
+    async def kept(self, latest: Record, version: int) -> Record:
+        """A version of a session that the store still has.
+
+        Args:
+            latest: the session's latest record.
+
+        Raises:
+            CorruptRecord, StoreUnavailable: it cannot be read.
+            SessionError: 404; the version is not kept. 422; as for `latest`.
+        """
+        if version == latest.version:
+            return latest
+        record = await self.on_loader(self.store.get_version, latest.key, version)
+        if record is None or record.incarnation != latest.incarnation:
+            raise SessionError(
+                f"session {latest.key.session!r} does not keep version {version}", status=404, parameter="version"
+            )
+        self.verify(record)
+        return record
+
     async def _expire(self, session: Session) -> None:
         record = session.record
         if record is None or session.unsaved or not has_outlived(record):

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what tests start for themselves: PostgreSQL, Redis, Prometheus and Node.js (for a client in JavaScript), as Debian
-# or Ubuntu packages. Run it as root. Nothing is left running: the tests use instances of their own in temporary folders.
+# Installs what tests start for themselves: PostgreSQL, Redis, Prometheus, Chromium and Node.js (for a client in JavaScript),
+# as Debian or Ubuntu packages. Run it as root. Nothing is left running: the tests use instances of their own in temporary folders.
 set -eu
 
 if [ "$(id -u)" -ne 0 ]; then
@@ -17,9 +17,13 @@ if [ ! -e "$policy" ]; then
 fi
 apt-get update
 apt-get install -y --no-install-recommends postgresql redis-server prometheus
+# Only where there is none, because it is large.
+command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
 # A Node.js that is there already, whoever installed it, must not be replaced by Debian's.
 command -v npm >/dev/null || apt-get install -y --no-install-recommends nodejs npm
 for each in /usr/lib/postgresql/*/bin/initdb; do
     test -x "$each" || { echo "install-services.sh: initdb is missing after the installation" >&2; exit 1; }
 done
-for each in redis-server promtool npm; do command -v "$each"; done
+for each in redis-server npm promtool chromium; do
+    command -v "$each" || { echo "install-services.sh: $each is missing after the installation" >&2; exit 1; }
+done

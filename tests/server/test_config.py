@@ -41,6 +41,7 @@ def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "audit": "",
         "audit_required": False,
         "kernel": "auto",
+        "ui": False,
         "key_file": "",
         "open": False,
         "secret_file": "",
