@@ -59,7 +59,7 @@ def _record(shape: MemoryShape, layers: int, turns: int) -> Record:
     window = Window(tuple(Boundary(count, bytes(DIGEST_BYTES)) for count in range(1, 2 * turns + 1)))
     return Record(
         key=SessionKey("tenant", "0" * 36),
-        version=turns,
+        version=1,
         incarnation="0" * 32,
         request_id="0" * 48,
         adapter="0" * 64,
