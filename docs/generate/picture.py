@@ -23,14 +23,14 @@ class Step:
 
 STEPS = (
     Step("1", "client", "API process", "POST, X-Session-ID"),
-    Step("2", "API process", "API process", "tenant, mode, policy, facts"),
-    Step("3", "API process", "session service", "admit these tokens"),
+    Step("2", "API process", "API process", "tenant, policy, facts"),
+    Step("3", "API process", "session service", "admit tokens"),
     Step("4", "session service", "store", "lease; the record, if it is not in host memory"),
     Step("4", "session service", "API process", "ticket and salt", answer=True),
     Step("5", "API process", "scheduler", "the request, with ticket and salt"),
     Step("6", "scheduler", "worker", "seed"),
-    Step("7", "worker", "worker", "slot → base of first page"),
-    Step("8", "worker", "worker", "each layer reads and writes"),
+    Step("7", "worker", "worker", "slot → first page"),
+    Step("8", "worker", "worker", "layers read and write"),
     Step("8", "worker", "client", "tokens, all but the end of the answer", answer=True),
     Step("9", "scheduler", "worker", "commit"),
     Step("9", "worker", "session service", "state after the last fed token", answer=True),
@@ -39,14 +39,14 @@ STEPS = (
     Step("11", "API process", "client", "end, version", answer=True),
 )
 
-_LEFT, _GAP, _TOP, _ROW, _BOX = 80, 168, 84, 46, 182
+_LEFT, _GAP, _TOP, _ROW, _BOX = 72, 152, 84, 46, 170
 _STYLE = """
     .paper { fill: #ffffff; stroke: #d0d7de } .lane { stroke: #c4cbd3; stroke-dasharray: 2 5 }
     .head, .own { fill: #eef2f7; stroke: #8c98a6 } .engine { fill: none; stroke: #8c98a6; stroke-dasharray: 6 4 }
-    text { fill: #1f2933; font: 13px system-ui, sans-serif } .small { font-size: 11.5px }
+    text { fill: #1f2933; font: 14.5px system-ui, sans-serif } .small { font-size: 13.5px }
     .way { stroke: #2f5fb3 } .back { stroke: #2e7d4f; stroke-dasharray: 5 4 } .dot { fill: #2f5fb3 }
     .dot.b { fill: #2e7d4f } .tip { fill: #2f5fb3 } .tip.b { fill: #2e7d4f }
-    .number { fill: #ffffff; font-weight: 600; font-size: 11px }
+    .number { fill: #ffffff; font-weight: 600; font-size: 12px }
     .halo { stroke: #ffffff; stroke-width: 5px; paint-order: stroke }
     @media (prefers-color-scheme: dark) {
       .paper { fill: #1b2129; stroke: #39434f } .lane { stroke: #46515e } .head, .own { fill: #29323d; stroke: #6b7886 }
@@ -60,7 +60,7 @@ _STYLE = """
 def svg() -> str:
     """The picture."""
     width, height = 2 * _LEFT + _GAP * (len(LANES) - 1), _TOP + _ROW * len(STEPS) + 24
-    engine = (_x("session service") - 74, _x("scheduler") + 74)
+    engine = (_x("session service") - 65, _x("scheduler") + 65)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-labelledby="t d">',
         '<title id="t">The life of one request</title>',
@@ -73,7 +73,7 @@ def svg() -> str:
     for lane in LANES:
         x = _x(lane)
         parts.append(f'<line class="lane" x1="{x}" y1="66" x2="{x}" y2="{height - 16}"/>')
-        parts.append(f'<rect class="head" x="{x - 64}" y="36" width="128" height="30" rx="6"/>')
+        parts.append(f'<rect class="head" x="{x - 61}" y="36" width="122" height="30" rx="6"/>')
         parts.append(f'<text x="{x}" y="56" text-anchor="middle">{escape(lane)}</text>')
     for row, step in enumerate(STEPS):
         parts += _own(step, row) if step.start == step.end else _arrow(step, row)
@@ -93,7 +93,7 @@ def _arrow(step: Step, row: int) -> list[str]:
         f'<line class="{kind}" x1="{start}" y1="{y}" x2="{end - 8 * way}" y2="{y}" stroke-width="2"/>',
         f'<polygon class="tip{more}" points="{tip}"/>',
         *_number(step, start + 12 * way, y, more),
-        f'<text class="small halo" x="{(start + end) / 2 + 6 * way}" y="{y - 8}" text-anchor="middle">'
+        f'<text class="small halo" x="{(start + end) / 2 + 6 * way}" y="{y - 11}" text-anchor="middle">'
         f"{escape(step.text)}</text>",
     ]
 

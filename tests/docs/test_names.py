@@ -19,7 +19,7 @@ from deltamem_vllm.server.routes import SessionInfo
 from deltamem_vllm.sessions.grants import OutcomeStatus
 from deltamem_vllm.store.url import OPTIONS
 from docs.generate.settings import SEE
-from tests.docs.reading import PRESENT, ROOT, code
+from tests.docs.reading import PRESENT, ROOT, code, headings
 
 HTTP = PRESENT["docs/http.md"]
 CONFIGURATION = PRESENT["docs/configuration.md"]
@@ -126,7 +126,7 @@ def test_routes() -> None:
 def test_metrics_exist_with_their_labels(document: str) -> None:
     text = PRESENT[document]
     tables = {f"deltamem_{name}" for name in ("sessions", "versions")} if document == "docs/stores.md" else set()
-    named = set(re.findall(r"\bdeltamem_[a-z_]*[a-z]", text)) - NO_METRICS - tables
+    named = set(re.findall(r"(?<![\w:])deltamem_[a-z_]*[a-z]", text)) - NO_METRICS - tables
     assert named <= {name + end for name in METRICS for end in SERIES}
     for name, matchers in re.findall(r"\b(deltamem_[a-z_]+)\{([^}]+)\}", text):
         metric = METRICS[name if name in METRICS else re.sub(r"_(bucket|sum|count)$", "", name)]
@@ -136,6 +136,15 @@ def test_metrics_exist_with_their_labels(document: str) -> None:
                 assert float(value) in metric.buckets, (name, value)
             else:
                 assert set(value.split("|")) <= set(values[label] or [value]), (name, label, value)
+
+
+def test_every_alert_has_a_section_of_the_runbook() -> None:
+    rules = (path.read_text(encoding="utf-8") for path in (ROOT / "deploy" / "prometheus").rglob("*.yml"))
+    alerts = {name for text in rules for name in re.findall(r"^ *- alert: (\w+)", text, re.MULTILINE)}
+    sections = {each for each in headings(PRESENT["docs/operations.md"]) if re.fullmatch(r"Deltamem\w+", each)}
+    assert sections
+    assert alerts <= sections, "an alert wakes somebody who finds nothing to do"
+    assert not alerts or sections == alerts
 
 
 def test_every_class_of_errors_is_named() -> None:
