@@ -1,14 +1,16 @@
-"""History elision: time to the first token against the length of the conversation, and what recall it costs.
+"""A history resent, left out, or not sent: time to the first token against the length of the conversation, and recall.
 
     python -m loadtests.elision [--turns 200] [--sessions 32]
 
 A real server on the CPU with the bundled recall model. Speed: one generated conversation, resent whole with every turn
-by two clients side by side, one of which lets its history be left out; their requests alternate, and prefix caching is
-off: as for a client that comes back when its blocks are gone. Recall: held-out sessions, resent whole with 0, 2 and 8
-messages of context, are asked about facts told in earlier turns; the control sends the same context without a memory.
+by two clients side by side, one of which lets its history be left out, while a third sends only what is new; their
+requests alternate, and prefix caching is off: as for a client that comes back when its blocks are gone. Recall:
+held-out sessions, resent whole with 0, 2 and 8 messages of context, are asked about facts told in earlier turns; the
+control sends the same context without a memory.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
@@ -75,15 +77,18 @@ class Server:
 
 def speed(server: Server, turns: int) -> dict[str, list[float]]:
     """Seconds to the first token of each turn, by arm."""
-    seconds: dict[str, list[float]] = {"full": [], "elide": []}
+    seconds: dict[str, list[float]] = {"full": [], "elide": [], "new turn only": []}
     histories: dict[str, Messages] = {arm: [] for arm in seconds}
     for number, (user, _) in enumerate(itertools.islice(talk(), turns)):
         arms = list(seconds)
         for arm in arms if number % 2 else reversed(arms):
             history = histories[arm]
+            if arm == "new turn only":
+                history.clear()
             history.append({"role": "user", "content": user})
             time.sleep(PAUSE)
-            spent, text = server.first_token(history, f"speed-{arm}", arm)
+            policy = "elide" if arm == "elide" else "full"
+            spent, text = server.first_token(history, f"speed-{arm.replace(' ', '-')}", policy)
             history.append({"role": "assistant", "content": text})
             seconds[arm].append(spent)
     return seconds
@@ -123,6 +128,33 @@ def recall(server: Server, sessions: list[Session], keep: int, memory: bool) -> 
     return sum(answers) / len(answers)
 
 
+@contextlib.contextmanager
+def serving(turns: int) -> Iterator[Server]:
+    """The recall model with room for so many turns. Beyond its own 1,024 tokens its answers are worth nothing; with
+    positions for them, their time is."""
+    longer = 64 + 32 * turns
+    positions = json.dumps({"max_position_embeddings": max(longer, 1024)})
+    arguments = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--no-enable-prefix-caching"]
+    arguments += ["--served-model-name", "recall", "--max-model-len", str(longer), "--hf-overrides", positions]
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"sqlite:///{folder}/sessions.db"
+        with VllmServer(MODEL_DIR, ADAPTER_DIR, store, *arguments) as running:
+            running.wait_ready()
+            yield Server(running.base_url)
+
+
+def by_length(turns: int = 100, places: int = 5) -> list[dict[str, Any]]:
+    """Milliseconds to the first token at some places of a conversation, by arm: medians of `LAST` turns before them."""
+    with serving(turns) as server:
+        seconds = speed(server, turns)
+    rows = []
+    for place in range(1, places + 1):
+        turn = max(LAST, turns * place // places)
+        medians = {f"{arm} ms": 1e3 * statistics.median(took[turn - LAST : turn]) for arm, took in seconds.items()}
+        rows.append({"turn": turn, **medians})
+    return rows
+
+
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
@@ -130,39 +162,23 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=32)
     given = parser.parse_args()
     console = Console()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments: list[Any] = [
-            "--dtype",
-            "float32",
-            "--block-size",
-            "32",
-            "--enforce-eager",
-            "--no-enable-prefix-caching",
-        ]
-        # Beyond its own 1,024 tokens the model's answers are worth nothing; with positions for them, their time is.
-        longer = 64 + 32 * given.turns
-        positions = json.dumps({"max_position_embeddings": max(longer, 1024)})
-        arguments += ["--served-model-name", "recall", "--max-model-len", str(longer), "--hf-overrides", positions]
-        store = f"sqlite:///{folder}/sessions.db"
-        with VllmServer(MODEL_DIR, ADAPTER_DIR, store, *arguments) as running:
-            running.wait_ready()
-            server = Server(running.base_url)
-            early = max(LAST, given.turns // 10)
-            table = Table(title=f"time to the first token, median of {LAST} turns, ms")
-            for column in ("history", f"turn {early}", f"turn {given.turns}", "ratio"):
-                table.add_column(column)
-            for arm, seconds in speed(server, given.turns).items():
-                first, last, ratio = growth(seconds, early, given.turns)
-                table.add_row(arm, f"{1e3 * first:.1f}", f"{1e3 * last:.1f}", f"{ratio:.2f}")
-            console.print(table)
-            table = Table(title=f"right answers about what was told earlier, {given.sessions} held-out sessions")
-            for column in ("context messages", "memory", "no memory"):
-                table.add_column(column)
-            sessions = heldout_sessions(given.sessions)
-            for keep in KEPT:
-                shares = [recall(server, sessions, keep, memory) for memory in (True, False)]
-                table.add_row(str(keep), *(f"{100 * share:.1f} %" for share in shares))
-            console.print(table)
+    with serving(given.turns) as server:
+        early = max(LAST, given.turns // 10)
+        table = Table(title=f"time to the first token, median of {LAST} turns, ms")
+        for column in ("history", f"turn {early}", f"turn {given.turns}", "ratio"):
+            table.add_column(column)
+        for arm, seconds in speed(server, given.turns).items():
+            begun, ended, ratio = growth(seconds, early, given.turns)
+            table.add_row(arm, f"{1e3 * begun:.1f}", f"{1e3 * ended:.1f}", f"{ratio:.2f}")
+        console.print(table)
+        table = Table(title=f"right answers about what was told earlier, {given.sessions} held-out sessions")
+        for column in ("context messages", "memory", "no memory"):
+            table.add_column(column)
+        sessions = heldout_sessions(given.sessions)
+        for keep in KEPT:
+            shares = [recall(server, sessions, keep, memory) for memory in (True, False)]
+            table.add_row(str(keep), *(f"{100 * share:.1f} %" for share in shares))
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -93,27 +93,39 @@ class Engine:
             raise SystemExit(f"a commit failed, nothing is reported: {result}")
 
 
-def main() -> None:
-    """Start sessions, step, end them; print microseconds."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--running", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5000)
-    args = parser.parse_args()
+def measure(running: int = 64, steps: int = 5000) -> list[dict[str, Any]]:
+    """Start sessions, step, end them: a row per hook, microseconds."""
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(folder)
         for _ in range(4):
-            requests = [engine.begin(session) for session in range(args.running)]
-            running = output([], [r.request_id for r in requests])
-            for _ in range(args.steps // 4):
-                engine.timed("decode step", engine.side.plan_step, running)
+            requests = [engine.begin(session) for session in range(running)]
+            scheduled = output([], [r.request_id for r in requests])
+            for _ in range(steps // 4):
+                engine.timed("decode step", engine.side.plan_step, scheduled)
             for request in requests:
                 engine.end(request)
         engine.client.close()
         engine.service.close()
+    return [
+        {
+            "hook": what,
+            "times": len(values),
+            "p50 µs": statistics.median(values),
+            "p99 µs": statistics.quantiles(values, n=100)[98],
+        }
+        for what, values in engine.spent.items()
+    ]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--running", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=5000)
+    args = parser.parse_args()
     table = Table("hook", "times", "p50 µs", "p99 µs")
-    for what, values in engine.spent.items():
-        p99 = statistics.quantiles(values, n=100)[98]
-        table.add_row(what, str(len(values)), f"{statistics.median(values):.1f}", f"{p99:.1f}")
+    for row in measure(args.running, args.steps):
+        table.add_row(row["hook"], str(row["times"]), f"{row['p50 µs']:.1f}", f"{row['p99 µs']:.1f}")
     console = Console()
     console.print(
         f"{args.running} sessions running, prompts of {PROMPT} tokens, states of {int(np.prod(SHAPE)) * 4} bytes"

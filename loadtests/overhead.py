@@ -1,10 +1,12 @@
 """What the memory adds to a token: vLLM alone, with the memory, with LoRA; engines that take turns.
 
-    python -m loadtests.overhead [--rounds 12] [--tokens 24] [--batches 1,8] [--prompts 128,2048] [--arms ...]
+    python -m loadtests.overhead [--rounds 9] [--tokens 16] [--batches 1,8] [--prompts 128,2048] [--layers 8] [--eager]
 
-A Qwen3 of 0.6B's shape with random weights on the CPU. Every arm is an engine of its own, as users start it; vanilla
-runs twice, which shows the noise. In each round every arm decodes a batch, then reads a prompt, in an order that
-rotates. A figure is the median over rounds of an arm's ratio to vanilla in the same round.
+Layers of Qwen3-0.6B's shape with random weights on the CPU: 8 of its 28, and as large a share of its vocabulary, so
+that five engines fit beside each other and a percentage is that of the whole. Every arm is an engine of its own, as
+users start it (compiled; vLLM does not compile with LoRA on a CPU); vanilla runs twice, which shows the noise. In each
+round every arm runs the same batch, in an order that rotates; a figure is the median over rounds of an arm's ratio to
+vanilla in the same round.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from deltamem_vllm.report.random import QWEN3_0_6B, Size, write_adapter, write_l
 
 VANILLA, MEMORY, AGAIN, LORA, LOOP = "vanilla", "memory", "vanilla again", "lora r8 on q,o", "plain torch loop"
 ARMS = (VANILLA, MEMORY, AGAIN, LORA, LOOP)
+LAYERS = 8
 CONTEXT = 64
 """Tokens of the prompts behind which time per token is measured."""
 
@@ -34,7 +38,8 @@ def setups(folder: Path, size: Size, options: dict[str, Any]) -> dict[str, Setup
     adapter = str(write_adapter(folder / "adapter", size.backbone))
     lora = str(write_lora(folder / "lora", size.backbone))
     common = {"load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False, **options}
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    # Idle arms leave both cores to the one whose turn it is.
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return {
         VANILLA: Setup(model, options=common, env=env),
         MEMORY: Setup(model, adapter, options=common, env=env),
@@ -67,31 +72,45 @@ def row(what: str, took: Took, figure: Figure) -> dict[str, Any]:
     return values
 
 
+def run(
+    batches: Sequence[int] = (1, 8),
+    prompts: Sequence[int] = (128, 2048),
+    names: Sequence[str] = ARMS,
+    layers: int = LAYERS,
+    tokens: int = 16,
+    rounds: int = 9,
+    eager: bool = False,
+) -> list[dict[str, Any]]:
+    """Start the arms and measure; see `measure` for what is returned."""
+    size = QWEN3_0_6B.share(layers)
+    options: dict[str, Any] = {
+        "dtype": "float32", "max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": 512, "seed": 0,
+        "enforce_eager": eager,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        known = setups(Path(folder), size, options)
+        arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
+        return measure(arms, size.vocabulary, list(batches), list(prompts), tokens, rounds)
+
+
 def main() -> None:
-    """Start the arms, measure, print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--prompts", default="128,2048")
     parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     given = parser.parse_args()
-    options: dict[str, Any] = {"dtype": given.dtype, "max_model_len": 4096, "max_num_seqs": 16, "seed": 0}
-    if given.eager:
-        options["enforce_eager"] = True
-    console = Console()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        known = setups(Path(folder), QWEN3_0_6B, options)
-        arms = {name: stack.enter_context(Arm(name, known[name])) for name in given.arms.split(",")}
-        console.print({name: arm.facts() for name, arm in arms.items()})
-        batches, prompts = ([int(x) for x in text.split(",") if x] for text in (given.batches, given.prompts))
-        found = measure(arms, QWEN3_0_6B.vocabulary, batches, prompts, given.tokens, given.rounds)
+    batches, prompts = ([int(x) for x in text.split(",") if x] for text in (given.batches, given.prompts))
+    names = given.arms.split(",")
+    found = run(batches, prompts, names, given.layers, given.tokens, given.rounds, given.eager)
     table = Table(*found[0])
-    for row in found:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else value for value in row.values()))
-    console.print(table)
+    for each in found:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else value for value in each.values()))
+    Console().print(table)
 
 
 if __name__ == "__main__":

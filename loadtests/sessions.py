@@ -197,8 +197,8 @@ def warm(path: Path, states: np.ndarray) -> list[Row]:
     admitted, seeded = statistics.median(took), statistics.median(seed_seconds(shape, WARM)) * 1e6
     return [
         row("warm load: admission p50", admitted, "µs"),
-        row("warm load: slot to first page p50", seeded, "µs", "<= 100"),
-        row("warm load: both", admitted + seeded, "µs"),
+        row("warm load: slot to first page p50", seeded, "µs"),
+        row("warm load: both", admitted + seeded, "µs", "<= 100"),
     ]
 
 

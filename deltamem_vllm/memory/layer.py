@@ -87,11 +87,11 @@ class MemoryLayer(nn.Module):
 
     def correct_qkv(self, rows: torch.Tensor, reads: torch.Tensor, widths: Mapping[Head, int]) -> list[torch.Tensor]:
         """q, k and v of rows [T, q | k | v | …], corrected."""
-        parts = rows[:, : sum(widths.values())].split([*widths.values()], dim=-1)
-        return [
-            part if (matrix := self.matrix(head)) is None else correct(part, reads, matrix)
-            for head, part in zip(widths, parts, strict=True)
-        ]
+        parts = []
+        for head, part in zip(widths, rows[:, : sum(widths.values())].split([*widths.values()], dim=-1), strict=True):
+            matrix = self.matrix(head)
+            parts.append(part if matrix is None else correct(part, reads, matrix))
+        return parts
 
     def read(self, hidden: torch.Tensor, fused: torch.Tensor | None = None) -> torch.Tensor:
         """Run the memory over this step's tokens; returns the reads [T, R] fp32, and keeps them for the corrections.

@@ -1,7 +1,7 @@
 """One arm of a comparison: a vLLM engine in a process of its own, which times what it is asked to run.
 
 Arms must not share a process (plugins, compiled graphs and settings are per process), and only one of them works at a
-time: who compares them lets them take turns. Each is started by `Arm`, which runs this module; the two talk through a
+time: who compares them lets them take turns. Each is started by `Arm`; the two talk through a
 pipe, and what the engine prints goes to a log that an error quotes.
 """
 
@@ -85,7 +85,7 @@ class Arm:
         defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "deltamem_vllm.report.arm", str(theirs.fileno())],
+                [sys.executable, "-m", "deltamem_vllm.report", str(theirs.fileno())],
                 env={**defaults, **os.environ, **setup.env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -147,7 +147,7 @@ class Arm:
             raise ArmError(f"{self.name}: {name!r} failed: {answer}{self._tail()}")
         return answer
 
-    def _tail(self, lines: int = 40) -> str:
+    def _tail(self, lines: int = 400) -> str:
         log = self._log.read_text(errors="replace").splitlines()
         return "\n--- its log ends:\n" + "\n".join(log[-lines:])
 
@@ -260,7 +260,7 @@ class Served:
 
 
 def main() -> None:
-    """Answer until the other side closes the pipe."""
+    """Answer until the other side closes the pipe, whose file descriptor is the only argument."""
     number = int(sys.argv[1])
     os.set_inheritable(number, False)
     pipe, served = Connection(number), Served()
@@ -276,7 +276,3 @@ def main() -> None:
             pipe.send(answer)
     except (EOFError, OSError):
         served.stop()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ makes the model's own weights itself (``load_format="dummy"``); nothing of it is
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class Size:
         return BackboneShape(
             self.layers, self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, "qwen3"
         )
+
+    def share(self, layers: int) -> Size:
+        """Fewer of these layers, and as large a share of the vocabulary, whose projection takes time like layers."""
+        return replace(self, layers=layers, vocabulary=self.vocabulary * layers // self.layers)
 
 
 QWEN3_0_6B = Size(28, 1024, 16, 8, 128, 3072, 151_936)

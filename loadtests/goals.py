@@ -1,0 +1,78 @@
+"""The CPU's figures beside what is wanted of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Results = Mapping[str, list[dict[str, Any]]]
+"""By benchmark, its rows."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One figure.
+
+    Attributes:
+        find: the figure in a run's results; None where it was not measured.
+        at_least: larger is better.
+    """
+
+    what: str
+    unit: str
+    accept: float
+    find: Callable[[Results], float | None]
+    at_least: bool = False
+
+    def verdict(self, figure: float) -> str:
+        """``pass`` or ``FAIL``."""
+        return "pass" if (figure >= self.accept if self.at_least else figure <= self.accept) else "FAIL"
+
+
+def value(benchmark: str, column: str, **key: Any) -> Callable[[Results], float | None]:
+    """The value of the first row that has these other values."""
+
+    def find(results: Results) -> float | None:
+        for row in results.get(benchmark, ()):
+            if all(row.get(name) == wanted for name, wanted in key.items()):
+                return row.get(column)
+        return None
+
+    return find
+
+
+def _scan(rank: int) -> Callable[[Results], float | None]:
+    return value("operators", "scan_ns", implementation="native", threads=1, rank=rank, heads=1)
+
+
+GOALS = (
+    Goal("time per token, 1 request", "%", 1.3, value("overhead", "memory %", what="TPOT, B=1")),
+    Goal("time per token, 8 requests", "%", 0.7, value("overhead", "memory %", what="TPOT, B=8")),
+    Goal("time to the first token, 128", "%", 1.2, value("overhead", "memory %", what="TTFT, 128 tokens")),
+    Goal("time to the first token, 2,048", "%", 1.2, value("overhead", "memory %", what="TTFT, 2048 tokens")),
+    Goal("LoRA's time per token to ours, 1", "", 1.2, value("overhead", "lora / memory", what="TPOT, B=1"), True),
+    Goal("LoRA's time per token to ours, 8", "", 1.1, value("overhead", "lora / memory", what="TPOT, B=8"), True),
+    Goal("scan, rank 8", "ns per token and layer", 25, _scan(8)),
+    Goal("scan, rank 16", "ns per token and layer", 40, _scan(16)),
+    Goal("warm load", "µs", 100, value("sessions", "value", name="warm load: both")),
+    Goal(
+        "durable commits, grouped",
+        "per second",
+        10_000,
+        value("sessions", "value", name="durable commits of known sessions, grouped"),
+        True,
+    ),
+    Goal("verified cold restores", "per second", 20_000, value("sessions", "value", goal=">= 20000"), True),
+)
+
+
+def table(results: Results) -> list[str]:
+    """Markdown lines."""
+    lines = ["| goal | accepted | measured | |", "|---|---|---|---|"]
+    for goal in GOALS:
+        figure = goal.find(results)
+        bound = f"{'at least' if goal.at_least else 'at most'} {goal.accept:,g} {goal.unit}".strip()
+        said = "not measured" if figure is None else f"{figure:,.{2 if abs(figure) < 100 else 0}f}"
+        lines.append(f"| {goal.what} | {bound} | {said} | {'' if figure is None else goal.verdict(figure)} |")
+    return lines
