@@ -27,7 +27,7 @@ from deltamem_vllm.store.protocol import Quota, StateStore
 from deltamem_vllm.store.sqlite import SQLiteStore
 
 _FORMS = "sqlite:////absolute/path.db, sqlite:///relative/path.db, memory://, postgresql://…, redis://…"
-OPTIONS = {
+OPTIONS: dict[tuple[str, ...], dict[str, str]] = {
     ("every store",): {
         "keep": "Versions kept of each session, for rollback.",
         "max_sessions": "Quota of sessions per tenant.",

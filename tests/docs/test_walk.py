@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("walk")
     (made / "deltamem_vllm").mkdir()
     (made / "deltamem_vllm" / "recall").symlink_to(ROOT / "deltamem_vllm" / "recall")
-    (made / ".curlrc").write_text("fail-with-body\nsilent\nshow-error\n")
+    (made / ".curlrc").write_text("fail\nsilent\nshow-error\n")
     return made
 
 
