@@ -15,7 +15,7 @@ from deltamem_vllm.cli import app
 from deltamem_vllm.metrics import TABLE
 from deltamem_vllm.plugin import _FLAGS
 from deltamem_vllm.server import scope
-from deltamem_vllm.server.routes import SessionInfo
+from deltamem_vllm.server.models import SessionInfo
 from deltamem_vllm.sessions.grants import OutcomeStatus
 from deltamem_vllm.store.url import OPTIONS
 from docs.generate.settings import SEE
