@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv services cross demo serve test nightly lint bench bench-gpu release clean
+.PHONY: help venv services cross demo serve test nightly lint docs bench bench-gpu release clean
 
 help:
 	@echo 'make demo     a conversation with and without memory, through kill -9, restart and deletion'
@@ -19,6 +19,7 @@ help:
 	@echo 'make test     all tests (PYTEST_ARGS="tests/ops -k paged" for some)'
 	@echo 'make nightly  all tests with their campaigns at full size'
 	@echo 'make lint     ruff and mypy'
+	@echo 'make docs     the documentation as a site, in build/docs; parts that are made from the code are made anew'
 	@echo 'make bench    speed of the delta-rule operators and of durable commits on this machine'
 	@echo 'make bench-gpu  build, check and measure everything on one NVIDIA GPU (PY=python3: torch, Triton and nvcc, not vLLM)'
 	@echo 'make release  wheel, sdist and SBOM in dist/; the version is that of the newest git tag'
@@ -62,6 +63,12 @@ lint: venv
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+# The variable: mkdocs-material's advertisement of what comes after mkdocs is no warning about these pages.
+docs: venv
+	@$(PY) -m docs.generate
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs --quiet build --strict --clean
+	@echo 'build/docs/index.html'
 
 bench: venv
 	@exec $(PY) -m loadtests

@@ -35,11 +35,14 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "adapter": {"metavar": "DIR", "help": "Adapter folder: delta_mem_config.json and the weights. Required."},
     "store": {
         "metavar": "URL",
-        "help": "Where sessions persist: sqlite:////absolute/path.db, postgresql://…, redis://… or memory:// (lost "
-        "with the process). "
-        "Default: SQLite in the user's data directory.",
+        "help": "Where sessions persist: sqlite:////absolute/path.db, sqlite:///relative/path.db, postgresql://…, "
+        "redis://… or memory:// (lost with the process). Default: SQLite in the user's data directory.",
     },
-    "session-slots": {"type": int, "metavar": "N", "help": "Session states kept in device memory (default 1024)."},
+    "session-slots": {
+        "type": int,
+        "metavar": "N",
+        "help": "Session states kept in device memory; fewer only cost copies (default 1024).",
+    },
     "session-header": {"metavar": "NAME", "help": "HTTP header that names the session (default X-Session-ID)."},
     "queue-depth": {
         "type": int,
@@ -63,11 +66,13 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "write-behind-versions": {
         "type": int,
         "metavar": "N",
-        "help": "write-behind: versions that may wait for the store, per engine (default 1024).",
+        "help": "write-behind: versions that may wait for the store, per engine, before answers wait too "
+        "(default 1024).",
     },
     "host-bytes": {
         "metavar": "SIZE",
-        "help": "Host memory for sessions and their records, per engine: bytes, or as 256MiB (the default).",
+        "help": "Host memory for sessions and their records, per engine: bytes, or as 256MiB (the default). What is "
+        "beyond it is read from the store when used.",
     },
     "ttl": {
         "type": float,
@@ -114,7 +119,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "open": {
         "action": "store_true",
-        "help": "Serve sessions without any API key to whoever can reach the server.",
+        "help": "Serve sessions without any API key to whoever can reach the server. Without it a server without keys "
+        "starts only on a loopback --host or a Unix socket.",
     },
     "secret-file": {
         "metavar": "PATH",

@@ -117,30 +117,6 @@ def measure(running: int = 64, steps: int = 5000) -> list[dict[str, Any]]:
     ]
 
 
-def measure(running: int = 64, steps: int = 5000) -> list[dict[str, Any]]:
-    """Start sessions, step, end them: a row per hook, microseconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(folder)
-        for _ in range(4):
-            requests = [engine.begin(session) for session in range(running)]
-            scheduled = output([], [r.request_id for r in requests])
-            for _ in range(steps // 4):
-                engine.timed("decode step", engine.side.plan_step, scheduled)
-            for request in requests:
-                engine.end(request)
-        engine.client.close()
-        engine.service.close()
-    return [
-        {
-            "hook": what,
-            "times": len(values),
-            "p50 µs": statistics.median(values),
-            "p99 µs": statistics.quantiles(values, n=100)[98],
-        }
-        for what, values in engine.spent.items()
-    ]
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -22,12 +22,10 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from deltamem_vllm import compat
 from deltamem_vllm.errors import ConfigError
-from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.layout import SMALLEST_KERNEL_BLOCK, MemoryShape
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
 
 SUFFIX = "deltamem"
-SMALLEST_KERNEL_BLOCK = 16
-"""vLLM may split a block for attention's kernel; a page's content is sized so that a part this small still holds it."""
 
 
 class PageMetadataBuilder(AttentionMetadataBuilder[Batch]):

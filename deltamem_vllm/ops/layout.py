@@ -22,6 +22,8 @@ from typing import Literal, get_args
 
 UpdateMode = Literal["standard", "lambda_outside", "no_lambda"]
 UPDATE_MODES: tuple[UpdateMode, ...] = get_args(UpdateMode)
+SMALLEST_KERNEL_BLOCK = 16
+"""vLLM may split a block for attention's kernel; a page's content is sized so that a part this small still holds it."""
 
 
 @dataclass(frozen=True, kw_only=True)

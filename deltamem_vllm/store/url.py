@@ -6,19 +6,7 @@
     postgresql://user@host:5432/db     shared by replicas; needs deltamem-vllm[postgres]
     redis://host:6379/0                and rediss:// (TLS), valkey://; needs deltamem-vllm[redis]
 
-Options of every store:
-
-    keep=4               versions kept of each session, for rollback
-    max_sessions=1000    quota per tenant; without it none
-    max_bytes=500000000  quota per tenant over all kept versions; without it none
-    key_file=/run/keys   encrypt: a file with lines ``id base64-of-32-bytes``, the first one writes
-    key_env=NAME         encrypt: the same from an environment variable
-    accept_plain=1       with a key: also read unencrypted records, until ``reencrypt`` has run
-
-PostgreSQL and Redis: ``lease=15``, how long a server may write a session without saying again that it does (seconds;
-0: no leases), ``retry=5`` (seconds). PostgreSQL: ``statement_timeout=10`` (seconds); every other option goes to libpq,
-for example ``sslmode=verify-full``. Redis: ``durability=bounded`` accepts a server that may lose acknowledged commits,
-``namespace=deltamem``, ``timeout=5`` (seconds); others go to redis-py, for example ``ssl_ca_certs``.
+Options follow ``?`` and are joined by ``&``; `OPTIONS` says which there are:
 
     postgresql://me@db/deltamem?sslmode=verify-full&keep=8&max_sessions=10000&key_file=/run/secrets/deltamem
 
@@ -39,7 +27,30 @@ from deltamem_vllm.store.protocol import Quota, StateStore
 from deltamem_vllm.store.sqlite import SQLiteStore
 
 _FORMS = "sqlite:////absolute/path.db, sqlite:///relative/path.db, memory://, postgresql://…, redis://…"
-_COMMON = ("keep", "max_sessions", "max_bytes", "key_file", "key_env", "accept_plain")
+OPTIONS: dict[tuple[str, ...], dict[str, str]] = {
+    ("every store",): {
+        "keep": "Versions kept of each session, for rollback.",
+        "max_sessions": "Quota of sessions per tenant.",
+        "max_bytes": "Quota of bytes per tenant, over all kept versions.",
+        "key_file": "Encrypt: a file with lines `id base64-of-32-bytes`; the first one writes, all of them read.",
+        "key_env": "Encrypt: the same from the environment variable of that name.",
+        "accept_plain": "1: with a key, read unencrypted records too, until `deltamem store reencrypt` has run.",
+    },
+    ("PostgreSQL", "Redis"): {
+        "retry": "Seconds that a broken connection is tried again.",
+        "lease": "Seconds that a server may write a session without saying again that it does; 0: no leases.",
+    },
+    ("PostgreSQL",): {"statement_timeout": "Seconds per statement, waiting for locks included."},
+    ("Redis",): {
+        "timeout": "Seconds per command.",
+        "durability": "bounded: accept a server that may lose acknowledged commits.",
+        "namespace": "Prefix of the keys.",
+    },
+}
+"""Options by the stores that have them. Any other of PostgreSQL's goes to libpq (``sslmode=verify-full``), of Redis' to
+redis-py (``ssl_ca_certs=PATH``)."""
+
+_COMMON = tuple(OPTIONS["every store",])
 _POSTGRES = {"statement_timeout": "statement_seconds", "retry": "retry_seconds", "lease": "lease_seconds"}
 _REDIS = {"timeout": "timeout_seconds", "retry": "retry_seconds", "lease": "lease_seconds"}
 

@@ -191,12 +191,3 @@ def test_a_backup_is_a_store(path: Path, tmp_path: Path) -> None:
     assert "File exists" in call(url, "backup", str(target), code=2)
     assert target.read_bytes() == before
     assert "No such file" in call(url, "backup", str(tmp_path / "missing" / "copy.db"), code=2)
-
-
-def test_documents_name_every_command() -> None:
-    root = Path(__file__).parents[2]
-    text = (root / "docs" / "stores.md").read_text(encoding="utf-8")
-    from deltamem_vllm.store.commands import app as group
-
-    names = [command.name or command.callback.__name__ for command in group.registered_commands]  # type: ignore[union-attr]
-    assert [name for name in names if f"deltamem store {name}" not in text] == []
