@@ -14,6 +14,7 @@ KNOW_VLLM = (
     "plugin.py",
     "compat.py",
     "offline.py",
+    "report/arm.py",
     "memory/",
     "sessions/connector.py",
     "sessions/scheduler.py",
