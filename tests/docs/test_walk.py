@@ -107,7 +107,7 @@ def test_the_path_from_readme_to_production_can_be_walked(
     for number, (_, fence) in enumerate(BLOCKS):
         if fence.language == "python" and is_run(fence):
             (folder / f"block{number}.py").write_text(fence.code.replace("127.0.0.1:8000", f"127.0.0.1:{port}"))
-            script += [f"echo '=== {number}'", f"python block{number}.py"]
+            script += [f"echo; echo '=== {number}'", f"python block{number}.py"]
         elif is_run(fence) or fence.mark.startswith("parsed: "):
             script += [f"echo; echo '=== {number}'", fence.code.replace("127.0.0.1:8000", f"127.0.0.1:{port}")]
     done = subprocess.run(
