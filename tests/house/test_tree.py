@@ -52,4 +52,4 @@ def test_scripts_are_executable(script: str) -> None:
 def test_locks_pin_every_package() -> None:
     for lock in (ROOT / "deploy" / "cpu").glob("*.lock"):
         lines = [x for x in lock.read_text(encoding="utf-8").splitlines() if x and not x.startswith("#")]
-        assert not [x for x in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", x)]
+        assert not [x for x in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==(\d+!)?[A-Za-z0-9.]+", x)]
