@@ -10,6 +10,7 @@ from deltamem_vllm.sessions import attributes, chain, pinning
 from deltamem_vllm.sessions.attributes import Chain
 from deltamem_vllm.sessions.grants import Grant, History, state_digest
 from deltamem_vllm.sessions.masks import unwritten_before
+from deltamem_vllm.sessions.meters import turned_away
 from deltamem_vllm.store.protocol import Record, SessionKey
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ async def recall(service: "SessionService", key: SessionKey, query: str = "", ch
         write policy, if any; facts: texts.
     """
     session = service.directory.get(key)
-    record = await service.records.latest(session)
+    with turned_away(service.meters):  # a prompt is not even made, and nobody will ask for its admission
+        record = await service.records.latest(session)
     found = chain_of(record)
     version = record.version if record is not None else 0
     return {

@@ -76,6 +76,16 @@ def conflicts(meters: Meters) -> Iterator[None]:
 
 
 @contextmanager
+def turned_away(meters: Meters) -> Iterator[None]:
+    """Count it if the block fails: the request that asks for it goes no further."""
+    try:
+        yield
+    except BaseException as error:
+        meters.add(metrics.ADMISSIONS, _refusal(error))
+        raise
+
+
+@contextmanager
 def admission(meters: Meters, elided: int) -> Iterator[None]:
     """Count what becomes of a request that asks for its turn.
 
@@ -83,12 +93,8 @@ def admission(meters: Meters, elided: int) -> Iterator[None]:
         elided: tokens of its conversation that its prompt does not have.
     """
     start = time.perf_counter()
-    try:
-        with conflicts(meters):
-            yield
-    except BaseException as error:
-        meters.add(metrics.ADMISSIONS, _refusal(error))
-        raise
+    with turned_away(meters), conflicts(meters):
+        yield
     meters.add(metrics.ADMISSIONS, "granted")
     meters.add(metrics.TOKENS_ELIDED, by=elided)
     meters.observe(metrics.ADMISSION_SECONDS, time.perf_counter() - start)

@@ -15,6 +15,7 @@ from deltamem_vllm.metrics import TABLE
 from deltamem_vllm.server import metrics_page
 from deltamem_vllm.sessions import commits
 from deltamem_vllm.sessions.control import ControlClient, serve
+from deltamem_vllm.sessions.histories import recall
 from deltamem_vllm.sessions.management import erase
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.memory import MemoryStore
@@ -127,14 +128,35 @@ def test_who_waits_and_who_is_refused(tmp_path: Path) -> None:
 
 
 class Away(MemoryStore):
-    """A store that can be away."""
+    """A store that can be away, for writes or for reads."""
 
-    away = False
+    away = unreadable = False
 
     def put_many(self, puts: Any) -> Any:
         if self.away:
             return [StoreUnavailable("away")] * len(puts)
         return super().put_many(puts)
+
+    def get(self, key: Any) -> Any:
+        if self.unreadable:
+            raise StoreUnavailable("away")
+        return super().get(key)
+
+
+def test_a_request_turned_away_is_counted_once_however_far_it_came(tmp_path: Path) -> None:
+    """A chat asks what its prompt depends on before it asks for its turn; a raw prompt asks for its turn."""
+    store = Away()
+
+    async def scenario(service: SessionService, page: Callable[[], Awaitable[Page]]) -> None:
+        assert (await recall(service, key("a")))["version"] == 0
+        assert at(await page(), metrics.ADMISSIONS, outcome="granted") == 0, "a question is no admission"
+        store.unreadable = True
+        for ask in (lambda: recall(service, key("chat")), lambda: admit(service, "raw", PROMPT)):
+            with pytest.raises((StoreUnavailable, CapacityError)):
+                await ask()
+        assert at(await page(), metrics.ADMISSIONS, outcome="unavailable") == 2
+
+    with_page(tmp_path, scenario, store=store)
 
 
 def test_a_store_that_is_away_shows_until_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
