@@ -20,7 +20,7 @@ help:
 	@echo 'make nightly  all tests with their campaigns at full size'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make docs     the documentation as a site, in build/docs; parts that are made from the code are made anew'
-	@echo 'make bench    speed of the delta-rule operators and of durable commits on this machine'
+	@echo 'make bench    operators, sessions, hooks, histories and vLLM with and without memory on this machine (about half an hour)'
 	@echo 'make bench-gpu  build, check and measure everything on one NVIDIA GPU (PY=python3: torch, Triton and nvcc, not vLLM)'
 	@echo 'make release  wheel, sdist and SBOM in dist/; the version is that of the newest git tag'
 	@echo 'make venv     only the environment ($(VENV); VENV=DIR for another)'
