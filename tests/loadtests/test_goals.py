@@ -1,0 +1,73 @@
+"""The CPU's goals: each finds its figure in what the benchmarks return, and is judged the right way round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtests import goals, hooks, plot
+from loadtests.__main__ import PARTS, markdown
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "operators": [
+        {"implementation": "native", "isa": "avx2", "threads": 1, "rank": rank, "heads": 1, "scan_ns": 10.0 * rank,
+         "activation_ns": 5.0}
+        for rank in (8, 16)
+    ],
+    "sessions": [
+        {"name": "warm load: both", "value": 90.0, "unit": "µs", "goal": "<= 100"},
+        {"name": "durable commits of known sessions, grouped", "value": 20_000.0, "unit": "/s", "goal": ">= 10000"},
+        {"name": "verified cold restores, 2 threads", "value": 10.0, "unit": "/s", "goal": ">= 20000"},
+    ],
+    "overhead": [
+        {"what": what, "vanilla ms": 50.0, "memory %": 1.25, "lora / memory": 1.15}
+        for what in ("TPOT, B=1", "TPOT, B=8", "TTFT, 128 tokens", "TTFT, 2048 tokens")
+    ],
+    "history": [{"turn": 10, "full ms": 5.0, "elide ms": 4.0}, {"turn": 20, "full ms": 9.0, "elide ms": 4.0}],
+}  # fmt: skip
+
+
+def test_every_goal_finds_its_figure() -> None:
+    figures = {goal.what: goal.find(ROWS) for goal in goals.GOALS}
+    assert None not in figures.values(), figures
+    assert all(goal.find({}) is None for goal in goals.GOALS)
+
+
+@pytest.mark.parametrize(
+    ("what", "verdict"),
+    [
+        ("time per token, 1 request", "pass"),
+        ("time per token, 8 requests", "FAIL"),
+        ("LoRA's time per token to ours, 1", "FAIL"),
+        ("LoRA's time per token to ours, 8", "pass"),
+        ("scan, rank 8", "FAIL"),
+        ("durable commits, grouped", "pass"),
+        ("verified cold restores", "FAIL"),
+    ],
+)
+def test_goals_are_judged(what: str, verdict: str) -> None:
+    goal = next(goal for goal in goals.GOALS if goal.what == what)
+    figure = goal.find(ROWS)
+    assert figure is not None
+    assert goal.verdict(figure) == verdict
+
+
+def test_what_was_not_measured_is_said() -> None:
+    text = markdown({}, {"overhead": "SystemExit: differs"})
+    assert text.count("not measured") == len(goals.GOALS)
+    assert f"Nothing of *{PARTS['overhead'][0]}*: SystemExit: differs" in text
+
+
+def test_a_picture_of_what_there_is(tmp_path: Path) -> None:
+    plot.draw({}, tmp_path / "none.png", "nothing")
+    assert not (tmp_path / "none.png").exists()
+    plot.draw(ROWS, tmp_path / "some.png", "a machine")
+    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hooks_are_measured_on_a_real_session_service() -> None:
+    rows = hooks.measure(running=4, steps=40)
+    assert {row["hook"] for row in rows} == {"arrive", "first step", "decode step", "finish", "state"}
+    assert all(0 < row["p50 µs"] <= row["p99 µs"] for row in rows)
