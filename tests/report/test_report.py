@@ -57,7 +57,7 @@ def test_folders_are_what_vllm_and_peft_look_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([str(MODEL), str(MODEL)], "delta_mem_config.json"),
+        ([str(MODEL), str(MODEL)], "holds neither delta_mem_adapter.safetensors nor"),
         ([str(MODEL), str(ADAPTER), "--batches", "1,zero"], "'1,zero' is not a list of whole numbers"),
         ([str(MODEL), str(ADAPTER), "--lengths", "0"], "'0' is not a list of whole numbers"),
         ([str(MODEL), str(ADAPTER), "--engine", "dtype"], "'dtype' is not NAME=JSON"),
