@@ -199,7 +199,8 @@ def test_other_kinds_of_connection_pass_untouched() -> None:
 
     async def scenario() -> None:
         for kind in ("lifespan", "websocket"):
-            await SessionMiddleware(app)({"type": kind, "headers": [(b"x-session-id", b"a b")]}, None, None)
+            scope = {"type": kind, "path": "/v1/realtime", "headers": [(b"x-session-id", b"a b")]}
+            await SessionMiddleware(app)(scope, None, None)
 
     asyncio.run(scenario())
     assert seen == [("lifespan", None), ("websocket", None)]
