@@ -96,7 +96,6 @@ def test_answers_and_memories_are_those_of_the_quantised_weights(served: Served)
     check_memory(served.states[0], compare(plain, FIRST, served.replies[0]))
     check_memory(served.states[1], compare(plain, SECOND, served.replies[1], as_start(served.states[0])))
     compare(plain, FIRST, served.fresh)
-    compare(served.plain(None), FIRST, served.off)
     assert [reply.outcome["version"] for reply in served.replies] == [1, 2]
 
 
