@@ -142,12 +142,12 @@ def test_gates_are_those_of_the_rows_that_were_written(own_lambda: bool) -> None
 def test_the_size_of_an_attention_output_is_that_of_its_projections() -> None:
     hidden, head, q, kv = 32, 8, 32, 16
     module: Any = torch.nn.Module()
-    module.qkv_proj, module.o_proj = torch.nn.Linear(hidden, q + 2 * kv, bias=False), torch.nn.Linear(q, hidden)
-    module.deltamem = SimpleNamespace(projection=torch.zeros(1))
+    module.qkv_proj, module.o_proj = torch.nn.Linear(hidden, q + 2 * kv + 5, bias=False), torch.nn.Linear(q, hidden)
+    module.deltamem = SimpleNamespace(bias=torch.zeros(1), dtype=torch.float32)  # its projection: the last columns
     module.qkv_proj.register_forward_hook(lambda *_: pytest.fail("a hook ran, which adds corrections"))
     norm: Any = SimpleNamespace(weight=torch.rand(hidden) * 3)
     found = Attention(module, norm, (q, kv), head, hidden).typical_output()
-    values = module.qkv_proj.weight[q + kv :] * norm.weight
+    values = module.qkv_proj.weight[q + kv : q + 2 * kv] * norm.weight
     wide = values.view(kv // head, head, hidden).repeat_interleave(q // kv, 0).reshape(q, hidden)
     whole = module.o_proj.weight @ wide  # E |W n + b|² = |W|² + |b|² for white n
     exact = math.sqrt(float((whole.square().sum() + module.o_proj.bias.square().sum()).detach()))
