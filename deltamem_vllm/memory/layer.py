@@ -174,7 +174,7 @@ def _changed(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any
 
 
 def _first_hook(memory: MemoryLayer) -> Callable[..., Any]:
-    """Before the linear runs: a quantised one may round its input in place."""
+    """Reads before the linear runs, from the input as it is given."""
 
     def hook(module: nn.Module, args: Any) -> None:
         memory.read_once(args[0])

@@ -40,7 +40,9 @@ class Served:
         return QuantisedPlain(CASE.model, adapter, FORMATS[self.format])
 
 
-@pytest.fixture(scope="module", params=["int8", "fp8", pytest.param("int4", marks=pytest.mark.nightly)])
+@pytest.fixture(
+    scope="module", params=["int8", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("fp8", "int4"))]
+)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     form = FORMATS[request.param]
     folder = tmp_path_factory.mktemp("quantised") / "model"
@@ -50,7 +52,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for prompt in (FIRST, SECOND):
             replies.append(engine.one(Ask(prompt, "one", prompt_logprobs=True)))
             states.append(engine.state("one").copy())
-        fresh = engine.one(Ask(FIRST, "two", prompt_logprobs=True))
+        fresh = engine.one(Ask(SECOND, "two", prompt_logprobs=True))
         off = engine.one(Ask(FIRST, None, "off", prompt_logprobs=True))
         yield Served(engine, request.param, (replies[0], replies[1]), (states[0], states[1]), fresh, off)
 
@@ -95,7 +97,8 @@ def test_answers_and_memories_are_those_of_the_quantised_weights(served: Served)
     plain = served.plain(CASE.adapter)
     check_memory(served.states[0], compare(plain, FIRST, served.replies[0]))
     check_memory(served.states[1], compare(plain, SECOND, served.replies[1], as_start(served.states[0])))
-    compare(plain, FIRST, served.fresh)
+    compare(plain, SECOND, served.fresh)
+    compare(served.plain(None), FIRST, served.off)
     assert [reply.outcome["version"] for reply in served.replies] == [1, 2]
 
 
@@ -121,7 +124,7 @@ def test_the_comparison_sees_a_memory_that_does_nothing(served: Served) -> None:
     with pytest.raises(WrongAnswer):
         compare(plain, SECOND, served.replies[1])  # the second request did not start from nothing
     with pytest.raises(WrongAnswer):
-        compare(plain, FIRST, served.fresh, as_start(served.states[0]))  # and a new session did
+        compare(plain, SECOND, served.fresh, as_start(served.states[0]))  # and a new session did
 
 
 def test_the_comparison_sees_weights_that_are_not_quantised(served: Served) -> None:
