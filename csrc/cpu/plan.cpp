@@ -20,33 +20,31 @@ Span span_of(const ScanArgs& args, int64_t i) {
   return {tokens, context, context ? (context - 1) % args.pages.block_size + 1 : 0};
 }
 
-// Whether a request resumes from a page that another one begins in this step: a prefix-cache hit on a block that is
-// being filled.
+// Whether a request resumes from a page that another one writes in this step: a prefix-cache hit on a block that is being
+// filled, from its first token or from any later one. Hits are whole blocks, so who resumes within a block owns it.
 bool shares_pages(const ScanArgs& args, int64_t num_blocks) {
-  static thread_local std::vector<uint32_t> begun;  // by block: the call that last saw it begin
+  static thread_local std::vector<uint32_t> written;  // by block: the call that last saw it written
   static thread_local uint32_t call = 0;
   const int64_t size = args.pages.block_size;
+  const auto resumes_behind_a_block = [&](const Span& span) { return span.tokens && span.context && span.context % size == 0; };
   bool any = false;
+  for (int64_t i = 0; i < args.num_reqs && !any; i++) any = resumes_behind_a_block(span_of(args, i));
+  if (!any) return false;
+
+  if (static_cast<int64_t>(written.size()) < num_blocks) written.resize(num_blocks, 0);
+  if (++call == 0) {  // counted around: no old mark may look new
+    std::fill(written.begin(), written.end(), 0);
+    call = 1;
+  }
   for (int64_t i = 0; i < args.num_reqs; i++) {
     const Span span = span_of(args, i);
     const int32_t* blocks = args.block_table + i * args.table_stride;
-    for (int64_t page = std::max<int64_t>(1, (span.context + size - 1) / size); page * size < span.context + span.tokens; page++) {
-      if (!any) {
-        any = true;
-        if (static_cast<int64_t>(begun.size()) < num_blocks) begun.resize(num_blocks, 0);
-        if (++call == 0) {  // counted around: no old mark may look new
-          std::fill(begun.begin(), begun.end(), 0);
-          call = 1;
-        }
-      }
-      begun[blocks[page]] = call;
-    }
+    for (int64_t page = span.context / size; page * size < span.context + span.tokens; page++) written[blocks[page]] = call;
   }
-  if (!any) return false;
   for (int64_t i = 0; i < args.num_reqs; i++) {
     const Span span = span_of(args, i);
-    if (!span.tokens || !span.context) continue;
-    if (begun[args.block_table[i * args.table_stride + (span.context - 1) / size]] == call) return true;
+    if (!resumes_behind_a_block(span)) continue;
+    if (written[args.block_table[i * args.table_stride + span.context / size - 1]] == call) return true;
   }
   return false;
 }
