@@ -25,26 +25,47 @@ inline Gates<N> gates_of(const Shape& shape, const Vec<N>& beta, const Vec<N>& l
   return {lambda, shape.mode == Mode::standard ? beta : lambda * beta, beta};
 }
 
-// S x for N state rows; four sums, so that additions need not wait for each other.
-template <int R, int N>
-inline Vec<N> product(const Vec<N>* s, const float* x) {
-  Vec<N> sums[4];
-#pragma GCC unroll 16
-  for (int j = 0; j < 4; j++) sums[j] = s[j] * spread<N>(x[j]);
-#pragma GCC unroll 16
-  for (int j = 4; j < R; j++) sums[j & 3] = fused<N>(s[j], spread<N>(x[j]), sums[j & 3]);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+// How N state rows from `at` on (head and row, counted in floats of a row of reads) move in one token. log: its log row.
+template <int N>
+inline Gates<N> gates_at(const Shape& shape, int64_t head, int64_t at, const float* log) {
+  const int64_t gate_count = shape.gates();
+  const float* gate = log + 2 * shape.width() + (shape.rankwise ? at : head);
+  const Vec<N> beta = shape.rankwise ? load<N>(gate) : spread<N>(*gate);
+  Vec<N> lambda = 1.0f - beta;
+  if (shape.has_lambda()) lambda = shape.rankwise ? load<N>(gate + gate_count) : spread<N>(gate[gate_count]);
+  return gates_of<N>(shape, beta, lambda);
 }
 
-// N state rows from `row` on of a head of rank R. Rows do not depend on each other: what does not fit the registers
-// together runs one part after the other.
+// take v - erase p
+template <int N>
+inline Vec<N> change(const Shape& shape, const Gates<N>& gates, const Vec<N>& predicted, int64_t at, const float* log) {
+  return fused<N>(-gates.erase, predicted, gates.take * load<N>(log + shape.width() + at));
+}
+
+// S x for N state rows, a column at a time: four sums, so that additions need not wait for each other.
+template <int N>
+struct Product {
+  Vec<N> sums[4];
+  inline void add(int j, const Vec<N>& column, float x) {
+    sums[j & 3] = j < 4 ? column * spread<N>(x) : fused<N>(column, spread<N>(x), sums[j & 3]);
+  }
+  inline Vec<N> value() const { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
+};
 template <int R, int N>
-inline void span_rows(const Shape& shape, int64_t head, int64_t row, int64_t n, const float* q, const float* log,
-                      float* reads, float* state) {
+inline Vec<N> product(const Vec<N>* s, const float* x) {
+  Product<N> sum;
+#pragma GCC unroll 16
+  for (int j = 0; j < R; j++) sum.add(j, s[j], x[j]);
+  return sum.value();
+}
+
+// N state rows from `row` on of a head of rank R, in registers. Rows do not depend on each other.
+template <int R, int N>
+inline void span_in_registers(const Shape& given, int64_t head, int64_t row, int64_t n, const float* q, const float* log,
+                              float* reads, float* state) {
   using V = Vec<N>;
-  const int64_t width = shape.width(), log_row = shape.log_columns(), gate_count = shape.gates();
-  const int64_t at = head * R + row;
-  const bool has_lambda = shape.has_lambda();
+  const Shape shape = given;  // a copy, so that the compiler knows that no store below changes it
+  const int64_t width = shape.width(), log_row = shape.log_columns(), at = head * R + row;
   V s[R];
 #pragma GCC unroll 16
   for (int j = 0; j < R; j++) s[j] = load<N>(state + j * R + row);
@@ -52,31 +73,71 @@ inline void span_rows(const Shape& shape, int64_t head, int64_t row, int64_t n, 
     const float* k = log + head * R;
     if (q) store<N>(reads + t * width + at, product<R, N>(s, q + t * width + head * R));
     const V predicted = product<R, N>(s, k);
-
-    const float* gate = log + 2 * width + (shape.rankwise ? at : head);
-    const V beta = shape.rankwise ? load<N>(gate) : spread<N>(*gate);
-    V lambda = 1.0f - beta;
-    if (has_lambda) lambda = shape.rankwise ? load<N>(gate + gate_count) : spread<N>(gate[gate_count]);
-    const Gates<N> g = gates_of<N>(shape, beta, lambda);
-    const V delta = fused<N>(-g.erase, predicted, g.take * load<N>(log + width + at));
+    const Gates<N> gates = gates_at<N>(shape, head, at, log);
+    const V delta = change<N>(shape, gates, predicted, at, log);
 #pragma GCC unroll 16
-    for (int j = 0; j < R; j++) s[j] = fused<N>(delta, spread<N>(k[j]), s[j] * g.keep);
+    for (int j = 0; j < R; j++) s[j] = fused<N>(delta, spread<N>(k[j]), s[j] * gates.keep);
   }
 #pragma GCC unroll 16
   for (int j = 0; j < R; j++) store<N>(state + j * R + row, s[j]);
 }
 
+// A head whose rows do not fit the registers: each column is loaded and stored once per token, and while it is at hand
+// the next token's products take it up. The same operations as in registers, in the same order: the same bits.
+template <int R, int N>
+inline void span_in_cache(const Shape& given, int64_t head, int64_t n, const float* q, const float* log, float* reads,
+                          float* state) {
+  using V = Vec<N>;
+  constexpr int kGroups = R / N;
+  const Shape shape = given;
+  const int64_t width = shape.width(), log_row = shape.log_columns();
+  V predicted[kGroups], read[kGroups];
+  for (int group = 0; group < kGroups; group++) {
+    V s[R];
+    for (int j = 0; j < R; j++) s[j] = load<N>(state + j * R + group * N);
+    predicted[group] = product<R, N>(s, log + head * R);
+    read[group] = q ? product<R, N>(s, q + head * R) : V{};
+  }
+  for (int64_t t = 0; t < n; t++, log += log_row) {
+    const float* k = log + head * R;
+    const int64_t more = t + 1 < n;  // behind the last token its own k and q are read again, for nothing
+    const float *next_k = k + more * log_row, *next_q = q ? q + (t + more) * width + head * R : next_k;
+#pragma GCC unroll 4
+    for (int group = 0; group < kGroups; group++) {
+      const int64_t at = head * R + group * N;
+      if (q) store<N>(reads + t * width + at, read[group]);
+      const Gates<N> gates = gates_at<N>(shape, head, at, log);
+      const V delta = change<N>(shape, gates, predicted[group], at, log);
+      Product<N> prediction, reading;
+#pragma GCC unroll 16
+      for (int j = 0; j < R; j++) {
+        float* column = state + j * R + group * N;
+        const V s = fused<N>(delta, spread<N>(k[j]), load<N>(column) * gates.keep);
+        store<N>(column, s);
+        prediction.add(j, s, next_k[j]);
+        reading.add(j, s, next_q[j]);
+      }
+      predicted[group] = prediction.value();
+      read[group] = reading.value();
+    }
+  }
+}
+
 template <int R>
 void span_fixed(const Shape& shape, int64_t head, int64_t n, const float* q, const float* log, float* reads, float* state) {
   constexpr int N = R < kLanes ? R : kLanes;
-  for (int64_t row = 0; row < R; row += N) span_rows<R, N>(shape, head, row, n, q, log, reads, state);
+  if constexpr (2 * R > kRegisters) {
+    if (n) span_in_cache<R, N>(shape, head, n, q, log, reads, state);
+  } else {
+    for (int64_t row = 0; row < R; row += N) span_in_registers<R, N>(shape, head, row, n, q, log, reads, state);
+  }
 }
 
 // Any rank: the state stays in memory, and rows are taken N at a time, then one at a time.
 template <int N>
 inline void step_rows(const Shape& shape, int64_t head, int64_t row, const float* query, const float* log, float* read, float* state) {
   using V = Vec<N>;
-  const int64_t r = shape.rank, width = shape.width(), at = head * r + row, gate_count = shape.gates();
+  const int64_t r = shape.rank, at = head * r + row;
   const float* k = log + head * r;
   V sum = {}, predicted = {};
   for (int64_t j = 0; j < r; j++) {
@@ -85,15 +146,11 @@ inline void step_rows(const Shape& shape, int64_t head, int64_t row, const float
     predicted = fused<N>(s, spread<N>(k[j]), predicted);
   }
   if (query) store<N>(read + row, sum);
-  const float* gate = log + 2 * width + (shape.rankwise ? at : head);
-  const V beta = shape.rankwise ? load<N>(gate) : spread<N>(*gate);
-  V lambda = 1.0f - beta;
-  if (shape.has_lambda()) lambda = shape.rankwise ? load<N>(gate + gate_count) : spread<N>(gate[gate_count]);
-  const Gates<N> g = gates_of<N>(shape, beta, lambda);
-  const V delta = fused<N>(-g.erase, predicted, g.take * load<N>(log + width + at));
+  const Gates<N> gates = gates_at<N>(shape, head, at, log);
+  const V delta = change<N>(shape, gates, predicted, at, log);
   for (int64_t j = 0; j < r; j++) {
     float* column = state + j * r + row;
-    store<N>(column, fused<N>(delta, spread<N>(k[j]), load<N>(column) * g.keep));
+    store<N>(column, fused<N>(delta, spread<N>(k[j]), load<N>(column) * gates.keep));
   }
 }
 

@@ -25,6 +25,13 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
+// Vector registers of this build.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
 template <int N>
 struct Lanes {
   typedef float floats __attribute__((vector_size(N * sizeof(float))));
