@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from deltamem_vllm.config import PLUGIN, resolve
-from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.plugin import allow_plugins, register, transfer_config
 from deltamem_vllm.server.scope import Mode, check_id
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
@@ -99,11 +98,6 @@ class SessionLLM:
     ) -> None:
         from vllm import LLM
 
-        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0":
-            raise ConfigError(
-                "VLLM_ENABLE_V1_MULTIPROCESSING=0 steps the engine only while requests run, so a session's commit "
-                "could wait forever: unset it"
-            )
         given = {"adapter": adapter, "store": store, "session_slots": session_slots, "kernel": kernel}
         settings = resolve(given).with_control()
         allow_plugins([PLUGIN])
@@ -111,6 +105,9 @@ class SessionLLM:
         kwargs["kv_transfer_config"] = transfer_config(settings, kwargs.get("kv_transfer_config"))
         self.llm = LLM(model, **kwargs)
         self._control = BlockingControlClient(settings.control_address(0))
+        # An engine core in this process runs only while it is stepped.
+        in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0"
+        self._meanwhile = self._step if in_process else None
 
     def run(self, turns: Sequence[Turn]) -> list[Answer]:
         """Run turns together in one batch; returns when every commit is durable.
@@ -161,13 +158,19 @@ class SessionLLM:
             tokens=np.asarray(prompt["prompt_token_ids"], np.int32).tobytes(),
             held=False,
             unwritten=spans,
+            meanwhile=self._meanwhile,
         )
         sampling.extra_args = {**(sampling.extra_args or {}), EXTRA: {"ticket": ticket, "unwritten": spans}}
         return Admitted({**prompt, "cache_salt": grant["salt"]}, sampling, ticket)
 
     def outcome(self, ticket: str) -> dict[str, Any]:
-        """What became of an admitted turn; waits until its commit is durable."""
-        return dict(self._control.ask("outcome", ticket=ticket))
+        """What became of an admitted turn; waits until its commit is durable. With VLLM_ENABLE_V1_MULTIPROCESSING=0
+        the engine must have finished its requests before.
+
+        Raises:
+            CapacityError: 503; it did not become durable in time.
+        """
+        return dict(self._control.ask("outcome", ticket=ticket, meanwhile=self._meanwhile))
 
     def info(self, session: str) -> dict[str, Any] | None:
         """What is known of a session, or None."""
@@ -178,6 +181,8 @@ class SessionLLM:
         """Erase a session; False if there was none."""
         existed = bool(self._control.ask("delete", tenant=DEFAULT_TENANT, session=session)["existed"])
         self.llm.llm_engine.is_sleeping()  # wakes an idle engine, so that its device forgets too
+        if self._meanwhile is not None:
+            self._meanwhile()
         return existed
 
     def close(self) -> None:
@@ -190,6 +195,11 @@ class SessionLLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _step(self) -> None:
+        """What the busy loop of an engine core in a process of its own does between requests."""
+        if not self.llm.llm_engine.has_unfinished_requests():  # their outputs are for who steps them
+            self.llm.llm_engine.engine_core.get_output()
 
     def _tokens(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], dict)):

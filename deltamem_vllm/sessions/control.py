@@ -248,12 +248,20 @@ class BlockingControlClient:
         self._socket.linger = 0
         self._socket.connect(address)
 
-    def ask(self, do: str, timeout: float = 30.0, **question: Any) -> Any:
-        """See `ControlClient.ask`."""
+    def ask(self, do: str, timeout: float = 30.0, meanwhile: Callable[[], None] | None = None, **question: Any) -> Any:
+        """See `ControlClient.ask`.
+
+        Args:
+            meanwhile: called again and again until the answer is there.
+        """
         number = next(self._numbers).to_bytes(8, "little")
         self._socket.send_multipart([number, _pack({"do": do, **question})])
         end = time.monotonic() + timeout
-        while (left := end - time.monotonic()) > 0 and self._socket.poll(int(left * 1000)):
+        while (left := end - time.monotonic()) > 0:
+            if not self._socket.poll(1 if meanwhile is not None else int(left * 1000)):
+                if meanwhile is not None:
+                    meanwhile()
+                continue
             answered, body = self._socket.recv_multipart()
             if answered == number:
                 return raise_error(_unpack(body))

@@ -14,7 +14,7 @@ from tests.engine.asking import Ask, Reply, Top
 from tests.engine.engine import Setup
 from tests.engine.inside import compiled_graphs, plant, pool_states, wrapped_layers
 from tests.engine.inside import launches as launches_of
-from tests.engine.stepping import Aborted, Stepped, stepped
+from tests.engine.stepping import IN_PROCESS, Aborted, Stepped
 
 TOP = 20
 
@@ -35,12 +35,10 @@ class Served:
             return
         from deltamem_vllm.offline import SessionLLM
 
-        def make() -> SessionLLM:
-            return SessionLLM(
-                str(setup.model), adapter=str(setup.adapter), store=store, session_slots=setup.slots, **options
-            )
-
-        self.session_llm = stepped(make) if setup.stepped else make()
+        os.environ.update(IN_PROCESS if setup.stepped else {})
+        self.session_llm = SessionLLM(
+            str(setup.model), adapter=str(setup.adapter), store=store, session_slots=setup.slots, **options
+        )
         self.llm = self.session_llm.llm
         if setup.stepped:
             self.stepped = Stepped(self.session_llm)

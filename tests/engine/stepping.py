@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import secrets
 import time
 from collections.abc import Awaitable
@@ -26,6 +25,8 @@ from tests.engine.asking import Ask
 
 T = TypeVar("T")
 PATIENCE = 30.0
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Environment variables of a `SessionLLM` whose engine core is to be in its own process."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,8 @@ class Aborted:
     blocks: int
 
 
-def stepped(make: Any) -> Any:
-    """What ``make()`` makes, with its engine core in this process."""
-    import vllm
-
-    real = vllm.LLM
-
-    def in_process(*args: Any, **kwargs: Any) -> Any:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # SessionLLM refuses it: its users' commits would wait
-        return real(*args, **kwargs)
-
-    vllm.LLM = in_process  # type: ignore[misc, assignment]
-    try:
-        return make()
-    finally:
-        vllm.LLM = real  # type: ignore[misc]
-
-
 class Stepped:
-    """Steps the engine of a `SessionLLM` made by `stepped`."""
+    """Steps the engine of a `SessionLLM` that was made with `IN_PROCESS`."""
 
     def __init__(self, session_llm: Any) -> None:
         self.engine = session_llm.llm.llm_engine
