@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from deltamem_vllm.sessions.meters import Meters
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store import codec
@@ -137,7 +138,13 @@ def restores(path: Path, count: int, states: np.ndarray) -> list[Row]:
     for threads in (1, LOADERS):
         store = SQLiteStore(path)
         records = Records(
-            store, lambda key: None, lambda key: None, layout=f"L{states.shape[1]}H1r8", adapter="a", model="m"
+            store,
+            lambda key: None,
+            lambda key: None,
+            Meters(),
+            layout=f"L{states.shape[1]}H1r8",
+            adapter="a",
+            model="m",
         )
         with ThreadPoolExecutor(threads) as pool:
             start = time.perf_counter()

@@ -1,14 +1,14 @@
-"""One arm of a comparison: a vLLM engine in a process of its own, which times what it is asked to run.
+"""One arm of a comparison: a vLLM engine in a process of its own, which times each of its steps.
 
 Arms must not share a process (plugins, compiled graphs and settings are per process), and only one of them works at a
-time: who compares them lets them take turns. Each is started by `Arm`; the two talk through a
-pipe, and what the engine prints goes to a log that an error quotes.
+time: an engine's core is in the arm's own process and runs only when it is told to step, so that arms can take turns
+step by step. Each is started by `Arm`; the two talk through a pipe, and what the engine prints goes to a log that an
+error quotes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -61,11 +61,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one batch took.
+    """What one batch took, of the seconds that were this arm's.
 
     Attributes:
         first: seconds from the batch's start to the first token of the last of its requests.
-        gaps: seconds between successive tokens while all requests decode.
+        gaps: seconds of each step while all requests decode.
         commit: seconds from the last token to the last durable commit; 0 without sessions.
     """
 
@@ -83,10 +83,11 @@ class Arm:
         self._log = Path(self._folder.name, "log")
         self._pipe, theirs = Pipe()
         defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "deltamem_vllm.report", str(theirs.fileno())],
-                env={**defaults, **os.environ, **setup.env},
+                env={**defaults, **os.environ, **setup.env, **in_process},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -100,16 +101,30 @@ class Arm:
             self.close()
             raise
 
-    def time(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing:
-        """Run a batch of prompts (token ids), generate so many tokens for each, and time it.
-
-        Gaps are counted from the step on in which all requests have a token. With an adapter request i writes session
-        ``i``, a new window each time.
+    def begin(self, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+        """Take a batch of prompts (token ids), to generate so many tokens for each. With an adapter request i writes
+        session ``i``, a new window each time.
 
         Raises:
-            ArmError: the engine failed, or a commit did.
+            ArmError: the engine failed.
         """
-        timing: Timing = self._call("time", prompts, tokens)
+        self._call("begin", prompts, tokens)
+
+    def step(self) -> bool:
+        """Let the engine take one step; whether the batch needs more.
+
+        Raises:
+            ArmError: the engine failed.
+        """
+        return bool(self._call("step"))
+
+    def end(self) -> Timing:
+        """What the batch took, once its commits are durable.
+
+        Raises:
+            ArmError: a commit failed.
+        """
+        timing: Timing = self._call("end")
         return timing
 
     def facts(self) -> dict[str, Any]:
@@ -180,6 +195,9 @@ class Served:
         self.lora: Any = None
         self._store = ""
         self._names = 0
+        self._tickets: list[str] = []
+        self._waiting: set[str] = set()
+        self._timing = Timing(0.0, [], 0.0)
 
     def start(self, setup: Setup, store: str) -> None:
         """Start the engine."""
@@ -199,37 +217,48 @@ class Served:
         self.sessions = SessionLLM(setup.model, adapter=setup.adapter, store=store, kernel=setup.kernel, **options)
         self.llm = self.sessions.llm
 
-    def time(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing:
-        """See `Arm.time`."""
+    def begin(self, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+        """See `Arm.begin`."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
         requests: list[tuple[Any, Any]] = [({"prompt_token_ids": list(p)}, params) for p in prompts]
-        tickets: list[str] = []
-        engine = self.llm.llm_engine
         begun = time.perf_counter()
         if self.sessions is not None:
             from deltamem_vllm.offline import Turn
 
             admitted = [self.sessions.admit(Turn(p, f"{i}", sampling=params)) for i, p in enumerate(prompts)]
             requests = [(a.prompt, a.sampling) for a in admitted]
-            tickets = [a.ticket for a in admitted]
+            self._tickets = [a.ticket for a in admitted]
+        self._waiting = set()
         for prompt, sampling in requests:
             self._names += 1
-            engine.add_request(f"arm-{self._names}", prompt, sampling, lora_request=self.lora)
-        first, moments, decoding = 0.0, [], set()
-        while engine.has_unfinished_requests():
-            outputs = engine.step()
-            now = time.perf_counter()
-            decoding |= {output.request_id for output in outputs}
-            if len(decoding) == len(prompts):
-                first = first or now - begun
-                moments.append(now)
-        for ticket in tickets:
+            name = f"arm-{self._names}"
+            self._waiting.add(name)
+            self.llm.llm_engine.add_request(name, prompt, sampling, lora_request=self.lora)
+        self._timing = Timing(time.perf_counter() - begun, [], 0.0)
+
+    def step(self) -> bool:
+        """See `Arm.step`."""
+        begun = time.perf_counter()
+        outputs = self.llm.llm_engine.step()
+        took = time.perf_counter() - begun
+        if self._waiting:
+            self._timing = replace(self._timing, first=self._timing.first + took)
+            self._waiting -= {output.request_id for output in outputs}
+        elif outputs:
+            self._timing.gaps.append(took)
+        return bool(self.llm.llm_engine.has_unfinished_requests())
+
+    def end(self) -> Timing:
+        """See `Arm.end`."""
+        begun = time.perf_counter()
+        for ticket in self._tickets:
             if (outcome := self.sessions.outcome(ticket))["status"] != "committed":
                 raise ArmError(f"a commit of the benchmark did not become durable: {outcome}")
-        commit = time.perf_counter() - moments[-1] if tickets else 0.0
-        return Timing(first, [b - a for a, b in itertools.pairwise(moments)], commit)
+        commit = time.perf_counter() - begun if self._tickets else 0.0
+        self._tickets = []
+        return replace(self._timing, commit=commit)
 
     def facts(self) -> dict[str, Any]:
         """The engine's settings, and what its sizes came to: tokens that its KV cache holds, and bytes of one session's

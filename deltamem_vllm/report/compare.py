@@ -1,7 +1,7 @@
 """Letting arms take turns, so that all of them see the same machine, and what is made of the seconds.
 
-A figure is the median over rounds of an arm's ratio to another arm in the same round: what disturbs the machine for
-longer than a turn disturbs both.
+Arms change after every step of their engines. A figure is the median of an arm's ratios to another arm in the same step
+of the same round: what disturbs the machine for longer than a step disturbs both.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from deltamem_vllm.report.arm import Arm, Timing
 
 Took = dict[str, list[Timing]]
 """By arm, one timing per round."""
-Figure = Callable[[Timing], float]
-"""Seconds made of a timing."""
+Figure = Callable[[Timing], Sequence[float]]
+"""What of a timing is compared: seconds, each with another arm's at the same place."""
 
 
-def first(timing: Timing) -> float:
+def first(timing: Timing) -> list[float]:
     """Seconds to the first token (TTFT) of the batch's last request."""
-    return timing.first
+    return [timing.first]
 
 
-def per_token(timing: Timing) -> float:
-    """Seconds between two tokens (TPOT), median."""
-    return statistics.median(timing.gaps)
+def per_token(timing: Timing) -> list[float]:
+    """Seconds of each further token (TPOT)."""
+    return timing.gaps
 
 
 def take_turns(arms: Mapping[str, Arm], batch: int, length: int, tokens: int, vocabulary: int, rounds: int) -> Took:
-    """Have every arm run a batch of prompts once per round, in an order that rotates; a first round only warms up.
+    """Have every arm run a batch of prompts once per round, one step after the other's, in an order that changes with
+    every step; a first round only warms up.
 
     Args:
         length: tokens of each prompt; random ones, others in each round, so that no cache helps.
@@ -39,20 +40,24 @@ def take_turns(arms: Mapping[str, Arm], batch: int, length: int, tokens: int, vo
     for number in range(rounds + 1):
         dice = random.Random(number)
         prompts = [[dice.randrange(3, vocabulary) for _ in range(length)] for _ in range(batch)]
-        names = list(arms)
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            timing = arms[name].time(prompts, tokens)
+        for name in dice.sample(list(arms), len(arms)):
+            arms[name].begin(prompts, tokens)
+        going = list(arms)
+        while going:
+            going = [name for name in dice.sample(going, len(going)) if arms[name].step()]
+        for name in arms:
+            timing = arms[name].end()
             if number:
                 took[name].append(timing)
     return took
 
 
 def ratio(took: Took, figure: Figure, arm: str, to: str) -> float:
-    """Median over rounds of one arm's seconds divided by another's."""
-    return statistics.median(figure(a) / figure(b) for a, b in zip(took[arm], took[to], strict=True))
+    """Median of one arm's seconds divided by another's."""
+    rounds = zip(took[arm], took[to], strict=True)
+    return statistics.median(x / y for a, b in rounds for x, y in zip(figure(a), figure(b), strict=True))
 
 
 def milliseconds(timings: Sequence[Timing], figure: Figure) -> float:
     """Median, in milliseconds."""
-    return statistics.median(map(figure, timings)) * 1e3
+    return statistics.median(seconds for timing in timings for seconds in figure(timing)) * 1e3

@@ -99,7 +99,7 @@ def _times(took: Mapping[str, list[Timing]], batch: int, tokens: int) -> dict[st
             times[f"{what}_ms_{name}"] = milliseconds(took[arm], figure)
         times[f"{what}_percent"] = 100 * (ratio(dict(took), figure, WITH, WITHOUT) - 1)
     for name, arm in (("without", WITHOUT), ("with", WITH)):
-        whole = milliseconds(took[arm], lambda timing: timing.first + sum(timing.gaps)) / 1e3
+        whole = milliseconds(took[arm], lambda timing: [timing.first + sum(timing.gaps)]) / 1e3
         times[f"tokens_per_second_{name}"] = batch * tokens / whole
-    times["commit_ms"] = milliseconds(took[WITH], lambda timing: timing.commit)
+    times["commit_ms"] = milliseconds(took[WITH], lambda timing: [timing.commit])
     return times

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loadtests import goals, hooks, plot
+from loadtests import goals, hooks, plot, sessions
 from loadtests.__main__ import PARTS, markdown
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -71,3 +71,12 @@ def test_hooks_are_measured_on_a_real_session_service() -> None:
     rows = hooks.measure(running=4, steps=40)
     assert {row["hook"] for row in rows} == {"arrive", "first step", "decode step", "finish", "state"}
     assert all(0 < row["p50 µs"] <= row["p99 µs"] for row in rows)
+
+
+def test_sessions_are_measured_on_real_stores() -> None:
+    found = {row["name"]: row["value"] for row in sessions.rows(count=20, layers=2)}
+    assert all(value > 0 for value in found.values())
+    measured = {"sessions": [{"name": name, "value": value} for name, value in found.items()]}
+    assert [g.what for g in goals.GOALS if g.find(measured)] == [
+        g.what for g in goals.GOALS if g.find({"sessions": ROWS["sessions"]})
+    ]
