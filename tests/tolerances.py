@@ -24,10 +24,8 @@ PLAIN_STATE = 1e-5
 BF16_LOGPROB = 0.6
 #: states, likewise. Measured: 0.014.
 BF16_STATE = 0.1
-#: log-probabilities of a quantised model against the plain model that rounds as it does, the mean over a request's
-#: tokens. Measured: 5e-4 (int8), 4e-6 (fp8). An adapter with alpha +1 % is 0.15 and 0.40 away.
-QUANTISED_MEAN = 0.03
-#: the worst of them, where an input fell to the other side of a rounding step. Measured: 0.064 (int8), 7e-5 (fp8).
-QUANTISED_LOGPROB = 0.2
-#: states, likewise. Measured: 9e-7 (int8), 2e-7 (fp8). Alpha +1 %: 0.026.
-QUANTISED_STATE = 5e-3
+#: log-probabilities of a quantised model against the plain model that rounds as it does, at prompts where that one
+#: moves by less than half of this when its inputs do (`tests.engine.steady`). Measured: 1.3e-5. Alpha +1 %: beyond.
+QUANTISED_LOGPROB = 2e-3
+#: states, likewise. Measured: 4.6e-7. Alpha +1 %: beyond.
+QUANTISED_STATE = 1e-3

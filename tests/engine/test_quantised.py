@@ -1,4 +1,5 @@
-"""A quantised backbone with a memory that is not: its answers and memories against the plain model of its weights."""
+"""A quantised backbone with a memory that is not: its answers and memories against the plain model of its weights, at
+prompts where rounding leaves no doubt what is right."""
 
 from __future__ import annotations
 
@@ -12,24 +13,26 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engine import steady
 from tests.engine.asking import Ask, Reply
 from tests.engine.engine import ASK_INSIDE, Engine, Setup
 from tests.engine.measured import note
 from tests.engine.official import WrongAnswer, case
 from tests.engine.plain_model import PlainModel, States
 from tests.engine.quantised_model import FORMATS, FOUR_BIT, QuantisedPlain, write_quantised
-from tests.tolerances import QUANTISED_LOGPROB, QUANTISED_MEAN, QUANTISED_STATE
+from tests.tolerances import QUANTISED_LOGPROB, QUANTISED_STATE
 
 CASE = case("qwen3_tsw_r8")
-FIRST, SECOND = CASE.prompt("first_turn"), CASE.prompt("new_window")
 
 
 @dataclass(frozen=True)
 class Served:
-    """What an engine answered: two requests of one session, one beside it, and one without memory."""
+    """What an engine answered: two requests of one session, the second's prompt in another one, and the first's without
+    memory."""
 
     engine: Engine
     format: str
+    prompts: tuple[tuple[int, ...], tuple[int, ...]]
     replies: tuple[Reply, Reply]
     states: tuple[np.ndarray, np.ndarray]
     fresh: Reply
@@ -37,7 +40,19 @@ class Served:
 
     def plain(self, adapter: Path | None) -> PlainModel:
         """The plain model of what is served, with this adapter."""
-        return QuantisedPlain(CASE.model, adapter, FORMATS[self.format])
+        return plain_of(self.format, adapter)
+
+
+def plain_of(name: str, adapter: Path | None) -> PlainModel:
+    return QuantisedPlain(CASE.model, adapter, FORMATS[name])
+
+
+def prompts_of(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Prompts that are steady in all that is asked of them below."""
+    with_memory, bare = plain_of(name, CASE.adapter), plain_of(name, None)
+    first = steady.steady_prompt([(with_memory, None), (bare, None)])
+    _, after = with_memory.run([*first, *steady.reply(with_memory, first, None)[:-1]])
+    return first, steady.steady_prompt([(with_memory, after), (with_memory, None)], avoid=first)
 
 
 @pytest.fixture(
@@ -48,23 +63,20 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("quantised") / "model"
     model = write_quantised(CASE.model, folder, form.stored, form.config)
     with Engine(Setup(model, CASE.adapter, env=ASK_INSIDE), f"quantised {request.param}") as engine:
-        replies, states = [], []
-        for prompt in (FIRST, SECOND):
-            replies.append(engine.one(Ask(prompt, "one", prompt_logprobs=True)))
+        replies, states, prompts = [], [], prompts_of(request.param)
+        for prompt in prompts:
+            replies.append(engine.one(Ask(prompt, "one", n=steady.REPLY, prompt_logprobs=True)))
             states.append(engine.state("one").copy())
-        fresh = engine.one(Ask(SECOND, "two", prompt_logprobs=True))
-        off = engine.one(Ask(FIRST, None, "off", prompt_logprobs=True))
-        yield Served(engine, request.param, (replies[0], replies[1]), (states[0], states[1]), fresh, off)
+        fresh = engine.one(Ask(prompts[1], "two", n=steady.REPLY, prompt_logprobs=True))
+        off = engine.one(Ask(prompts[0], None, "off", n=steady.REPLY, prompt_logprobs=True))
+        yield Served(engine, request.param, prompts, (replies[0], replies[1]), (states[0], states[1]), fresh, off)
 
 
 def compare(plain: PlainModel, prompt: tuple[int, ...], reply: Reply, start: States | None = None) -> States:
     """Feed the plain model the request's tokens; returns what the memory must now be.
 
-    An input that lies on the edge between two steps of its rounding may fall to either side, and its token is off by
-    as much: hence a tolerance for the mean over the tokens, and a wider one for each.
-
     Raises:
-        WrongAnswer: beyond a tolerance.
+        WrongAnswer: log-probabilities beyond the tolerance.
     """
     logprobs, states = plain.run([*prompt, *reply.tokens[:-1]], start)
     got = [top for top in [*reply.prompt[1:], *reply.logprobs] if top is not None]
@@ -73,10 +85,8 @@ def compare(plain: PlainModel, prompt: tuple[int, ...], reply: Reply, start: Sta
         max(abs(value - float(row[token])) for token, value in top.items())
         for top, row in zip(got, logprobs, strict=True)
     ]
-    mean, worst = float(np.mean(apart)), max(apart)
-    if not (mean <= QUANTISED_MEAN and worst <= QUANTISED_LOGPROB):
-        raise WrongAnswer(f"log-probabilities are {mean:.1e} away in the mean, {worst:.1e} at worst")
-    note("mean", mean)
+    if not (worst := max(apart)) <= QUANTISED_LOGPROB:
+        raise WrongAnswer(f"log-probabilities are up to {worst:.1e} away")
     note("worst", worst)
     return states
 
@@ -95,10 +105,10 @@ def as_start(state: np.ndarray) -> States:
 
 def test_answers_and_memories_are_those_of_the_quantised_weights(served: Served) -> None:
     plain = served.plain(CASE.adapter)
-    check_memory(served.states[0], compare(plain, FIRST, served.replies[0]))
-    check_memory(served.states[1], compare(plain, SECOND, served.replies[1], as_start(served.states[0])))
-    compare(plain, SECOND, served.fresh)
-    compare(served.plain(None), FIRST, served.off)
+    check_memory(served.states[0], compare(plain, served.prompts[0], served.replies[0]))
+    check_memory(served.states[1], compare(plain, served.prompts[1], served.replies[1], as_start(served.states[0])))
+    compare(plain, served.prompts[1], served.fresh)
+    compare(served.plain(None), served.prompts[0], served.off)
     assert [reply.outcome["version"] for reply in served.replies] == [1, 2]
 
 
@@ -109,10 +119,13 @@ def test_the_comparison_sees_another_alpha(served: Served, tmp_path: Path) -> No
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "alpha": config["alpha"] * 1.01}))
     plain = served.plain(adapter)
-    for prompt, reply, start in ((FIRST, served.replies[0], None), (SECOND, served.replies[1], served.states[0])):
+    for prompt, reply, start in (
+        (served.prompts[0], served.replies[0], None),
+        (served.prompts[1], served.replies[1], served.states[0]),
+    ):
         with pytest.raises(WrongAnswer):
             compare(plain, prompt, reply, None if start is None else as_start(start))
-    _, states = plain.run([*FIRST, *served.replies[0].tokens[:-1]])
+    _, states = plain.run([*served.prompts[0], *served.replies[0].tokens[:-1]])
     with pytest.raises(WrongAnswer):
         check_memory(served.states[0], states)
 
@@ -120,16 +133,16 @@ def test_the_comparison_sees_another_alpha(served: Served, tmp_path: Path) -> No
 def test_the_comparison_sees_a_memory_that_does_nothing(served: Served) -> None:
     plain = served.plain(CASE.adapter)
     with pytest.raises(WrongAnswer):
-        compare(plain, FIRST, served.off)  # off is not on
+        compare(plain, served.prompts[0], served.off)  # off is not on
     with pytest.raises(WrongAnswer):
-        compare(plain, SECOND, served.replies[1])  # the second request did not start from nothing
+        compare(plain, served.prompts[1], served.replies[1])  # the second request did not start from nothing
     with pytest.raises(WrongAnswer):
-        compare(plain, SECOND, served.fresh, as_start(served.states[0]))  # and a new session did
+        compare(plain, served.prompts[1], served.fresh, as_start(served.states[0]))  # and a new session did
 
 
 def test_the_comparison_sees_weights_that_are_not_quantised(served: Served) -> None:
     with pytest.raises(WrongAnswer):
-        compare(PlainModel(CASE.model, CASE.adapter), FIRST, served.replies[0])
+        compare(PlainModel(CASE.model, CASE.adapter), served.prompts[0], served.replies[0])
 
 
 def test_the_backbone_is_quantised_and_the_memory_is_not(served: Served) -> None:
