@@ -6,30 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <string>
-#include <vector>
 
-#include "../cpu/delta_rule.h"
 #include "../cpu/plan.h"
-#include "checks.h"
+#include "cpu_checks.h"
 
 namespace {
 
 using namespace deltamem_bindings;
-
-// -1 stands for any size.
-void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  require(tensor.is_cpu(), name, ": expected a CPU tensor");
-  check_shape(name, tensor, dtype, sizes);
-}
-
-// The six settings in one number, which costs a call less than six arguments; `MemoryShape.packed` writes it.
-deltamem::Shape make_shape(int64_t packed) {
-  const int64_t rank = packed & 0xffff, heads = packed >> 16 & 0xffff, mode = packed >> 32 & 3;
-  require(packed >= 0 && packed >> 37 == 0 && rank >= 1 && heads >= 1 && mode <= 2,
-          "shape: not a packed MemoryShape: ", packed);
-  const auto flag = [&](int bit) { return (packed >> bit & 1) != 0; };
-  return {rank, heads, flag(34), flag(35), flag(36), static_cast<deltamem::Mode>(mode)};
-}
 
 deltamem::Pages make_pages(const deltamem::Shape& shape, const Tensor& pages, int64_t block_size) {
   check("pages", pages, ScalarType::Float, {-1, -1});
@@ -48,13 +31,6 @@ deltamem::Dtype dtype_of(const Tensor& projected) {
     case ScalarType::Half: return deltamem::Dtype::f16;
     default: throw std::runtime_error("projected: expected float32, bfloat16 or float16");
   }
-}
-
-// Scratch of this thread, at the start of a cache line.
-float* workspace(int64_t floats) {
-  static thread_local std::vector<float> room;
-  if (static_cast<int64_t>(room.size()) < floats + 16) room.resize(floats + 16);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
 }
 
 // On torch's own threads.

@@ -79,7 +79,7 @@ class CudaOps:
         staging: Tensor | None,
     ) -> None:
         """See `PoolOps.take`."""
-        self._take(*_pages(book), block_ids, counts, slots, states, staging, book.block_size, *_arguments(shape))
+        self._take(*book.parts, block_ids, counts, slots, states, staging, book.block_size, *_arguments(shape))
 
     def seed(
         self,
@@ -91,11 +91,7 @@ class CudaOps:
         staging: Tensor | None,
     ) -> None:
         """See `PoolOps.seed`."""
-        self._seed(*_pages(book), block_ids, sources, states, staging, *_arguments(shape))
-
-
-def _pages(book: Book) -> tuple[Tensor, int, int]:
-    return book.addresses, book.layers[0].stride(0), book.layers[0].shape[0]
+        self._seed(*book.parts, block_ids, sources, states, staging, *_arguments(shape))
 
 
 def _arguments(shape: MemoryShape) -> tuple[int, int, bool, bool, int, bool]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.paged import Batch
+from deltamem_vllm.ops.pooled import Book
 
 LIBRARY = "_native.so"
 
@@ -30,7 +31,7 @@ def find_library(name: str = LIBRARY) -> Path | None:
 
 
 class NativeOps:
-    """`deltamem_vllm.ops.paged.PagedOps` in C++ (SIMD), on a CPU.
+    """`deltamem_vllm.ops.paged.PagedOps` and `deltamem_vllm.ops.pooled.PoolOps` in C++ (SIMD), on a CPU.
 
     Raises:
         OSError: the library cannot be loaded.
@@ -45,6 +46,8 @@ class NativeOps:
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         self._scan = torch.ops.deltamem_native.page_scan.default
         self._state = torch.ops.deltamem_native.page_state.default
+        self._take = torch.ops.deltamem_native.take.default
+        self._seed = torch.ops.deltamem_native.seed.default
         #: instruction set chosen for this machine: portable, avx2 or avx512
         self.isa: str = torch.ops.deltamem_native.isa()
         self.description = f"native ({self.isa})"
@@ -72,3 +75,28 @@ class NativeOps:
     ) -> None:
         """See `PagedOps.page_state`."""
         self._state(pages, block_ids, counts, out, block_size, shape.packed)
+
+    def take(
+        self,
+        shape: MemoryShape,
+        book: Book,
+        block_ids: Tensor,
+        counts: Tensor,
+        slots: Tensor,
+        states: Tensor,
+        staging: Tensor | None,
+    ) -> None:
+        """See `PoolOps.take`."""
+        self._take(*book.parts, block_ids, counts, slots, states, staging, book.block_size, shape.packed)
+
+    def seed(
+        self,
+        shape: MemoryShape,
+        book: Book,
+        block_ids: Tensor,
+        sources: Tensor,
+        states: Tensor,
+        staging: Tensor | None,
+    ) -> None:
+        """See `PoolOps.seed`."""
+        self._seed(*book.parts, block_ids, sources, states, staging, shape.packed)

@@ -36,6 +36,11 @@ class Book:
     addresses: Tensor
     block_size: int
 
+    @property
+    def parts(self) -> tuple[Tensor, int, int]:
+        """What kernels are told of it: addresses, floats from one page to the next, pages."""
+        return self.addresses, self.layers[0].stride(0), self.layers[0].shape[0]
+
     @staticmethod
     def of(layers: list[Tensor], block_size: int) -> Book:
         """The book of some layers.

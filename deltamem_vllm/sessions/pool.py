@@ -1,8 +1,8 @@
 """The session pool: states in device memory, and the copies between them and pages.
 
-All orders of one step go together. Per step and kind of order that costs a handful of tensor operations, on a CPU one
-small one per layer (each layer's pages are a tensor of their own), however many requests there are; per request only a
-few lines of Python. Takes also wait for one copy to the host.
+All orders of one step go together. Per step and kind of order that costs a handful of tensor operations, however many
+requests and layers there are (plain torch: one small one per layer); per request only a few lines of Python. Takes also
+wait for one copy to the host.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deltamem_vllm.ops.dispatch import select
 from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.paged import PagedOps
 from deltamem_vllm.ops.paged_torch import TorchOps
-from deltamem_vllm.ops.pooled import EMPTY, NO_SLOT, Book, LayerByLayer, PoolOps, staged
+from deltamem_vllm.ops.pooled import EMPTY, NO_SLOT, Book, LayerByLayer, PoolOps, pool_ops, staged
 from tests.ops.paging import FEW_SHAPES, UNTOUCHED, World, int32, name_of, random_inputs, truth
 from tests.tolerances import KERNEL_STATE
 
@@ -78,4 +79,41 @@ def test_refusals_of_the_pool(pool: PoolOps) -> None:
         Book.of([worlds[0].pages, worlds[1].pages[:4]], 16)
     with pytest.raises(ValueError, match="nothing is staged"):
         LayerByLayer(TorchOps()).seed(shape, book, int32([1]), int32([staged(0)]), states, None)
+    assert all((world.whole == UNTOUCHED).all() for world in worlds)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "counts", "slots", "message"),
+    [
+        ([1, 8], [0, 0], [0, 1], "order 1 names block 8 of 8"),
+        ([1, 2], [0, 17], [0, 1], "order 1 asks for 17 of 16 tokens"),
+        ([1, 2], [0, 0], [0, 2], "order 1 names slot 2 of 2"),
+    ],
+)
+def test_a_native_take_that_does_not_fit_changes_nothing(
+    blocks: list[int], counts: list[int], slots: list[int], message: str
+) -> None:
+    native = pool_ops(select("cpu", "native"))
+    shape = FEW_SHAPES[0]
+    _, book = _worlds(shape)
+    states = torch.full_like(_states(shape, 2, 0), UNTOUCHED)
+    with pytest.raises(RuntimeError, match=message):
+        native.take(shape, book, int32(blocks), int32(counts), int32(slots), states, None)
+    assert (states == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "sources", "message"),
+    [
+        ([1, -1], [0, 0], "order 1 names block -1 of 8"),
+        ([1, 2], [EMPTY, 2], "order 1 names slot 2 of 2"),
+        ([1, 2], [0, staged(1)], "order 1 names staged row 1 of 1"),
+    ],
+)
+def test_a_native_seed_that_does_not_fit_changes_nothing(blocks: list[int], sources: list[int], message: str) -> None:
+    native = pool_ops(select("cpu", "native"))
+    shape = FEW_SHAPES[0]
+    worlds, book = _worlds(shape)
+    with pytest.raises(RuntimeError, match=message):
+        native.seed(shape, book, int32(blocks), int32(sources), _states(shape, 2, 0), _states(shape, 1, 1))
     assert all((world.whole == UNTOUCHED).all() for world in worlds)
