@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,15 +8,12 @@ import pytest
 from tests.engine.measured import report
 
 HERE = Path(__file__).parent
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == HERE:
             item.add_marker(pytest.mark.timeout(900))  # the first test of a module starts its engines
-        if "nightly" in item.keywords and not NIGHTLY:
-            item.add_marker(pytest.mark.skip(reason="DELTAMEM_NIGHTLY=1 runs it"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
