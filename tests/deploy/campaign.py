@@ -17,8 +17,8 @@ class Campaign:
 
     Attributes:
         prometheus: that is asked.
-        patience: seconds for an alert to cease in, from when its cause is gone: an hour's window, compressed, and half
-            of it.
+        patience: seconds for an alert to cease in, from when all causes are gone: an hour's window, compressed, and
+            half of it.
         fired: seconds from the beginning of an alert's cause until it fired.
         ceased: seconds from the end of its cause until it did not fire any more.
         wrong: what was not as it should be; a text that names the alert and its expression's values.
@@ -46,11 +46,12 @@ class Campaign:
         Raises:
             AssertionError: anything was.
         """
+        begun = time.monotonic()
         while self._ending:
             time.sleep(0.1)
             self._look()
             for alert, since in list(self._ending.items()):
-                if time.monotonic() > since + self.patience:
+                if time.monotonic() > max(begun, since) + self.patience:  # later causes may have gone on with it
                     del self._ending[alert]
                     self._complain(f"fires {self.patience:.0f} s after its cause was gone", alert, self.patience)
         assert not self.wrong, "\n".join(self.wrong)

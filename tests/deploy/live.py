@@ -41,7 +41,7 @@ class Live:
 
     Attributes:
         server, prometheus: the processes.
-        postgres, proxy, store: the database, what the server takes for it, and the URL of that.
+        postgres, proxy: the store, and what the server takes for it.
         folder: the server's; the audit log is in it.
         statuses: of all answers so far, how often each came.
     """
@@ -50,7 +50,6 @@ class Live:
     prometheus: Prometheus
     postgres: services.Server
     proxy: services.Proxy
-    store: str
     folder: Path
     statuses: dict[str, int] = field(default_factory=dict)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8))
@@ -97,8 +96,9 @@ class Live:
 
 @contextlib.contextmanager
 def another_server(live: Live, adapter: Path, folder: Path) -> Iterator[Live]:
-    """A second server on the same store, with another adapter; it starts, and Prometheus does not watch it yet."""
-    with serve(adapter, live.store, folder) as server:
+    """A second server on the same database, past the proxy, with another adapter. It starts, whatever is done to the
+    first meanwhile, and Prometheus does not watch it yet."""
+    with serve(adapter, f"postgresql://test@127.0.0.1:{live.postgres.port}/postgres", folder) as server:
         yield replace(live, server=server, folder=folder, statuses={})
 
 
@@ -142,11 +142,11 @@ def live_server(adapter: Path, folder: Path, rules: str) -> Iterator[Live]:
     (folder / "prometheus").mkdir()
     with services.postgres() as postgres:
         proxy = services.Proxy(postgres.port)
-        store = f"postgresql://test@127.0.0.1:{proxy.port}/postgres?retry=1"
+        store = f"postgresql://test@127.0.0.1:{proxy.port}/postgres?retry=0.1"
         with serve(adapter, store, folder, "--deltamem-audit", str(folder / "audit.log")) as server:
             server.wait_ready()
             with Prometheus(folder / "prometheus", [f"127.0.0.1:{server.port}"], rules) as prometheus:
-                made = Live(server, prometheus, postgres, proxy, store, folder)
+                made = Live(server, prometheus, postgres, proxy, folder)
                 yield made
                 made.pool.shutdown()
         proxy.close()
