@@ -165,9 +165,9 @@ LEASES = _gauge("deltamem_leases", "leases", "Leases on sessions that the engine
 LOADS = _counter(
     "deltamem_loads_total",
     "loads",
-    "Looks for a session's latest record: source host, where host memory has the latest; source store, where it was "
-    "read. Outcome absent: the session is new; refused: another adapter, model or shape wrote it; error: it cannot be "
-    "read.",
+    "Looks for a session's latest record, up to two for each request: source host, where host memory has the latest; "
+    "source store, where it was read. Outcome absent: the session is new; refused: another adapter, model or shape "
+    "wrote it; error: it cannot be read.",
     source="host store",
     outcome="found absent refused error",
 )

@@ -32,6 +32,7 @@ from deltamem_vllm.sessions.histories import attributes_after
 from deltamem_vllm.sessions.masks import conversation, unwritten_before
 from deltamem_vllm.sessions.meters import Meters
 from deltamem_vllm.sessions.write_behind import WriteBehind
+from deltamem_vllm.store import parts
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey
 from deltamem_vllm.store.writer import CommitWriter
 
@@ -360,8 +361,11 @@ class Commits:
         logger.error("%d version(s) of a session are lost: the store refused them: %s", told, why)
 
     def _next(self, grant: Grant, last: Record | None, tokens_fed: list[int], state: np.ndarray) -> Record:
-        if not np.isfinite(state).all():
-            raise CorruptRecord("the state after this request is not finite; it was not saved")
+        if (largest := parts.excess(state)) is not None:  # before the store refuses it: the store is well
+            raise CorruptRecord(
+                f"the state after this request is not finite, or over {parts.MAX_ABS:g}: it holds {largest:g}, and was "
+                "not saved"
+            )
         now = time.time()
         base = grant.base if grant.base is not None else np.zeros(self.state_shape, np.float32)
         own = conversation(tokens_fed, grant.spans, grant.offered)

@@ -165,6 +165,14 @@ def bound(name: str, size: int, limit: int) -> None:
         raise CorruptRecord(f"{name} of {size} bytes; the limit is {limit}")
 
 
+def excess(state: np.ndarray) -> float | None:
+    """The largest magnitude among a state's entries where that is over `MAX_ABS`, or nan; else None."""
+    if np.vdot(state, state) <= _SURELY_SMALL:
+        return None
+    largest = float(np.abs(state).max())
+    return None if largest <= MAX_ABS else largest
+
+
 def check(record: Record) -> None:
     """Refuse a record with a field out of its bounds; used on both sides, so that what is written can be read.
 
@@ -175,10 +183,8 @@ def check(record: Record) -> None:
     for name, state in (("base", record.base), ("end", record.end)):
         if state.dtype != np.float32 or state.shape != shape:
             raise CorruptRecord(f"{name} is {state.dtype} {state.shape}; layout {record.layout} needs float32 {shape}")
-        if not np.vdot(state, state) <= _SURELY_SMALL:  # else look for the largest; also true for NaN
-            largest = float(np.abs(state).max())
-            if not largest <= MAX_ABS:
-                raise CorruptRecord(f"{name} holds {largest:g}; entries must be finite and at most {MAX_ABS:g}")
+        if (largest := excess(state)) is not None:
+            raise CorruptRecord(f"{name} holds {largest:g}; entries must be finite and at most {MAX_ABS:g}")
     for name, part, limit in (
         ("window", record.window, MAX_WINDOW_BYTES),
         ("attributes", record.attributes, MAX_ATTRIBUTES_BYTES),

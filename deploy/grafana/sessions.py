@@ -148,13 +148,13 @@ def _loads(book: Book, made: dashboard.Dashboard) -> dashboard.Dashboard:
             alerts=("DeltamemStoreSlow",),
         )
     )
-    found = {"outcome": "found"}
+    read = rate(m.LOADS, source="store", outcome="found")
     return made.with_panel(
         book.graph(
-            "records that came from the store",
-            "Of those that were found. Much of it, with evictions from host memory: that is too small.",
+            "records read from the store, per request",
+            "Of a session that exists. Much of it, with evictions from host memory: that is too small.",
             "percentunit",
-            Query(share(rate(m.LOADS, source="store", **found), rate(m.LOADS, **found)), "from the store"),
+            Query(share(read, rate(m.ADMISSIONS, outcome="granted")), "read from the store"),
             alerts=("DeltamemHostMemoryThrash",),
         )
     )

@@ -75,6 +75,10 @@ class Live:
         """One turn of each, several at a time."""
         return list(self.pool.map(lambda session: self.turn(session, size), sessions))
 
+    def recover(self) -> None:
+        """Wait until a new session is served and saved as it should be: nothing of a cause is left."""
+        self.prometheus.until(lambda: self.turn(new_session()) == "committed", 30, f"not well again: {self.statuses}")
+
     def busy(self, session: str) -> bool:
         """Whether a request writes it now."""
         with Talk(self.server.base_url) as talk:
@@ -92,11 +96,9 @@ class Live:
 
 @contextlib.contextmanager
 def another_server(live: Live, adapter: Path, folder: Path) -> Iterator[Live]:
-    """A second server on the same store, with another adapter, watched by the same Prometheus."""
-    store = f"postgresql://test@127.0.0.1:{live.proxy.port}/postgres?retry=1"
-    with serve(adapter, store, folder) as server:
-        server.wait_ready()
-        live.prometheus.scrape_every(1, f"127.0.0.1:{server.port}")
+    """A second server on the same database, past the proxy, with another adapter. It starts, whatever is done to the
+    first meanwhile, and Prometheus does not watch it yet."""
+    with serve(adapter, f"postgresql://test@127.0.0.1:{live.postgres.port}/postgres", folder) as server:
         yield replace(live, server=server, folder=folder, statuses={})
 
 
@@ -135,15 +137,15 @@ def load(live: Live) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def live_server(adapter: Path, folder: Path) -> Iterator[Live]:
-    """Start everything, and end it."""
+def live_server(adapter: Path, folder: Path, rules: str) -> Iterator[Live]:
+    """Start everything, and end it. Prometheus has ``rules`` beside the shipped ones."""
     (folder / "prometheus").mkdir()
     with services.postgres() as postgres:
         proxy = services.Proxy(postgres.port)
-        store = f"postgresql://test@127.0.0.1:{proxy.port}/postgres?retry=1"
+        store = f"postgresql://test@127.0.0.1:{proxy.port}/postgres?retry=0.1"
         with serve(adapter, store, folder, "--deltamem-audit", str(folder / "audit.log")) as server:
             server.wait_ready()
-            with Prometheus(folder / "prometheus", [f"127.0.0.1:{server.port}"]) as prometheus:
+            with Prometheus(folder / "prometheus", [f"127.0.0.1:{server.port}"], rules) as prometheus:
                 made = Live(server, prometheus, postgres, proxy, folder)
                 yield made
                 made.pool.shutdown()

@@ -21,7 +21,7 @@ from tests.server.talk import API_KEY, Talk, memory_headers, ok
 
 PICTURE = ROOT / "docs" / "images" / "sessions-page.png"
 PATH = "/v1/sessions/ui"
-WIDTH, HEIGHT = 1280, 1240
+WIDTH, HEIGHT = 1280, 1280
 
 
 def say(talk: Talk, session: str, *messages: str) -> None:

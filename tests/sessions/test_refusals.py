@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deltamem_vllm import metrics
 from deltamem_vllm.errors import SessionError
 from deltamem_vllm.sessions.service import SessionService
+from deltamem_vllm.store.parts import MAX_ABS
 from deltamem_vllm.store.protocol import Record
 from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, run, turn
 
@@ -77,8 +79,10 @@ def test_a_memory_of_another_server_is_refused_and_kept(what: str, tmp_path: Pat
     drive(other, refuse_and_delete)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -1.001 * MAX_ABS])
 def test_a_state_that_is_not_finite_is_refused(bad: float) -> None:
+    """Or nearly so. It is the adapter's doing, and no error of the store."""
+
     async def scenario(service: SessionService) -> None:
         await turn(service, "s", [1, 2], [0])
         granted = await admit(service, "s", [3])
@@ -89,6 +93,7 @@ def test_a_state_that_is_not_finite_is_refused(bad: float) -> None:
         outcome = await service.outcome(granted["ticket"])
         assert outcome["status"] == "failed"
         assert "not finite" in outcome["error"]
+        assert metrics.STORE_ERRORS.name not in {name for name, _, _ in service.meters.samples()}
         np.testing.assert_array_equal(end_of(service, "s"), memory(None, [1, 2]))
         assert (await turn(service, "s", [4], [0]))["version"] == 2
 

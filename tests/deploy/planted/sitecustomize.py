@@ -2,7 +2,7 @@
 
 The file that ``DELTAMEM_TEST_CAUSES`` names is read at each chance, so a test switches them on and off while the
 server runs: ``gates`` raises where a worker looks at the gates of a commit; ``orders`` lets the session pool refuse
-every order to seed a request, as if slots had been reused. In any case the audit log keeps 8 entries that it cannot
+every order to seed a request, as if slots had been reused. In any case the audit log keeps 64 entries that it cannot
 write, not 10,000.
 """
 
@@ -41,7 +41,7 @@ def _plant_pool(pool: Any) -> None:
 
 
 def _plant_audit(log: Any) -> None:
-    log.MAX_WAITING = 8
+    log.MAX_WAITING = 64
 
 
 after_import("deltamem_vllm.sessions.worker", _plant_worker)
