@@ -128,14 +128,16 @@ async def _kill(cluster: Cluster, clients: dict[str, Client], number: int, last:
             await asyncio.sleep(0.005)
         return None if client.last.server == number else client.last.at - kill.at
 
-    async def probe(client: Client) -> float:
+    async def probe(client: Client) -> float | None:
+        if client.lock.locked() or client.turn >= last:  # it went on meanwhile
+            return None
         return (await client.next(others[0])).at - kill.at
 
     async with asyncio.TaskGroup() as group:
         waits = [group.create_task(elsewhere(client)) for client in under_way]
         probes = [group.create_task(probe(client)) for client in idle]
     kill.waits = [wait for task in waits if (wait := task.result()) is not None]
-    kill.probes = [task.result() for task in probes]
+    kill.probes = [wait for task in probes if (wait := task.result()) is not None]
     return kill
 
 

@@ -19,9 +19,11 @@ from loadtests.slo.trace import Arrival, Exchange, Trace
 VANILLA, MEMORY = "vLLM alone", "with memory"
 TOKENS = 16
 """Of every answer, whatever they are: both servers do the same work after the prompt."""
-FLAGS = ("--dtype", "float32", "--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "32")
-FLAGS += ("--enforce-eager", "--served-model-name", "m")
-FLAGS += ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
+FLAGS: tuple[str, ...] = (
+    *("--dtype", "float32", "--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "32"),
+    *("--enforce-eager", "--served-model-name", "m"),
+    *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
+)
 
 
 @dataclass

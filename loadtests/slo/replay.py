@@ -31,8 +31,9 @@ class Answer:
     Attributes:
         outcome: ``ok``; ``409`` (the session's queue was full: a right answer, with Retry-After); else what went wrong.
         ttft: from when the request was due to its first token: a client that is late counts against the server.
-        tpot: per token after the first.
-        commit: from the last token until the end of the answer said that the turn was durable; None: not committed.
+        tpot: per token after the first, without the last one.
+        commit: by how much the last token and the end of the answer, which says that the turn is durable, took longer
+            than a token; None: not committed. The last token leaves the server with the outcome.
         status: what became of the turn.
         prompt, tokens: of the prompt, and of the answer.
         begun, ended: on the clock of `time.perf_counter`.
@@ -70,7 +71,7 @@ async def replay(http: aiohttp.ClientSession, url: str, sendings: Sequence[Sendi
 async def send(http: aiohttp.ClientSession, url: str, sending: Sending, due: float | None = None) -> Answer:
     """Send one request now, and read its stream."""
     due = time.perf_counter() if due is None else due
-    first = last = 0.0
+    first = before = last = 0.0
     usage: dict[str, Any] = {}
     told: dict[str, str] = {}
     path = f"{url}/v1/chat/completions"
@@ -91,18 +92,19 @@ async def send(http: aiohttp.ClientSession, url: str, sending: Sending, due: flo
             if "error" in event:
                 return Answer(sending.pattern, f"error in the stream: {str(event['error'])[:80]}", begun=due)
             if any(choice["delta"].get("content") for choice in event["choices"]):
-                last = time.perf_counter()
+                before, last = last, time.perf_counter()
                 first = first or last
     ended, status = time.perf_counter(), told.get("x-deltamem-commit")
     tokens = int(usage.get("completion_tokens", 0))
     if not first:
         return Answer(sending.pattern, "no token", begun=due)
+    tpot = (before - first) / (tokens - 2) if tokens > 2 and before > first else None
     return Answer(
         sending.pattern,
         "ok" if status in (None, "committed", "unchanged") else str(status),
         ttft=first - due,
-        tpot=(last - first) / (tokens - 1) if tokens > 1 else None,
-        commit=ended - last if status == "committed" else None,
+        tpot=tpot,
+        commit=max(0.0, ended - before - tpot) if status == "committed" and tpot is not None else None,
         status=status,
         prompt=int(usage.get("prompt_tokens", 0)),
         tokens=tokens,
