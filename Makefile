@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv services cross demo serve test nightly lint docs bench bench-gpu release clean
+.PHONY: help venv services cross demo serve test nightly lint docs bench bench-gpu load chaos release clean
 
 help:
 	@echo 'make demo     a conversation with and without memory, through kill -9, restart and deletion'
@@ -21,6 +21,8 @@ help:
 	@echo 'make lint     ruff and mypy'
 	@echo 'make docs     the documentation as a site, in build/docs; parts that are made from the code are made anew'
 	@echo 'make bench    operators, sessions, hooks, histories and vLLM with and without memory on this machine (about half an hour)'
+	@echo 'make load     vLLM alone and with memory under the same load of many sessions: percentiles, goodput, cold starts'
+	@echo 'make chaos    replicas killed under load, the store cut, silent, slow, full, a soak: every version looked for afterwards'
 	@echo 'make bench-gpu  build, check and measure everything on one NVIDIA GPU (PY=python3: torch, Triton and nvcc, not vLLM)'
 	@echo 'make release  wheel, sdist and SBOM in dist/; the version is that of the newest git tag'
 	@echo 'make venv     only the environment ($(VENV); VENV=DIR for another)'
@@ -76,6 +78,13 @@ bench: venv
 # No environment of its own: the machine's torch is the one that fits its driver.
 bench-gpu:
 	@exec $(PY) -m loadtests.gpu $(BENCH_ARGS)
+
+load: venv
+	@exec $(PY) -m loadtests.slo
+
+# Each campaign by itself: python -m loadtests.chaos replicas --sessions 100
+chaos: venv services
+	@for each in replicas cut silent slow full soak; do $(PY) -m loadtests.chaos $$each || failed=1; done; exit $${failed:-0}
 
 release: venv
 	@exec $(PY) deploy/release/release.py dist

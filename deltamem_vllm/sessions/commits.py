@@ -6,7 +6,8 @@ when the client is told:
 * after the store has it (``committed``): the default;
 * at once (``pending``): with write-behind, as long as what waits stays within `WriteBehind`'s bounds. A commit that
   would exceed them waits for the store as above;
-* after the store could not take it, disk full or unreachable (``degraded``): it is tried again every second.
+* after the store could not take it, disk full or unreachable (``degraded``): it is tried again every second. A session
+  that has waited long for such an answer does not wait for the next one.
 
 A commit that the store refuses for good (another writer was first, the session was deleted) is a conflict: nothing is
 kept. If versions that clients were told of are refused so, they are lost: counted, logged, shown with the session, and
@@ -43,6 +44,8 @@ MAX_UNSAVED = 64
 """Versions of one session that may wait for the store; then its requests get 503."""
 MAX_LOSSES = 10_000
 """Sessions whose losses are remembered one by one."""
+SLOW_SECONDS = 1.0
+"""A store that refuses a session's version after so long is not waited for again, until it has taken what waits."""
 AUDIT_SECONDS = 5.0
 """How long what has happened waits for a log that is required, before its client is told all the same."""
 
@@ -85,6 +88,7 @@ class Commits:
         self._told: deque[Unsaved] = deque()  # in the order of telling; those gone meanwhile included
         self._waiting: OrderedDict[Session, None] = OrderedDict()  # sessions of the versions that count as unsaved
         self._troubled: set[Session] = set()  # those among them that the store could not take
+        self._kept_waiting: set[Session] = set()  # those of them that it kept waiting
         self._losses: OrderedDict[SessionKey, int] = OrderedDict()
         self._bringing: set[asyncio.Task[bool]] = set()
 
@@ -154,10 +158,14 @@ class Commits:
         """
         try:
             self.check_audit()
-            if self._may_tell_ahead(session, grant, deletions):
+            known_away = session in self._kept_waiting and session.is_at(grant.expect, deletions)
+            if known_away or self._may_tell_ahead(session, grant, deletions):
                 entry = Unsaved(self._next(grant, session.record, tokens_fed, state), grant.expect)
                 session.unsaved.append(entry)
                 self._tell(session, entry)
+                if known_away:
+                    why = f"{len(session.unsaved)} versions of the session wait for the store"
+                    return {"status": "degraded", "version": entry.record.version, "error": why}
                 self._bring_soon(session)
                 return {"status": "pending", "version": entry.record.version, "error": ""}
             async with session.storing:  # a deletion waits, so that what is on its way cannot arrive after it
@@ -174,11 +182,14 @@ class Commits:
 
     async def _store_now(self, session: Session, entry: Unsaved) -> dict[str, Any]:
         session.unsaved.append(entry)
+        begun = time.monotonic()
         try:
             await self._save(session)
         except StoreUnavailable as e:
             self._tell(session, entry)
             self._troubled.add(session)
+            if time.monotonic() - begun >= SLOW_SECONDS:
+                self._kept_waiting.add(session)
             logger.error("the store does not take commits; %d version(s) wait: %s", self.unsaved, e)
             return {"status": "degraded", "version": entry.record.version, "error": str(e)}
         except LeaseLost as e:
@@ -268,11 +279,10 @@ class Commits:
 
     def _may_tell_ahead(self, session: Session, grant: Grant, deletions: int) -> bool:
         """Whether this commit keeps within the bounds of write-behind, and nothing is known that will refuse it."""
-        if self.ahead is None or session in self._troubled or session.deletions != deletions:
+        if self.ahead is None or session in self._troubled or not session.is_at(grant.expect, deletions):
             return False
         version = grant.expect.version + 1 if grant.expect is not None else 1
-        known = session.record.expect if session.record is not None else None
-        if not session.loaded or known != grant.expect or version <= self.ahead.growth:
+        if version <= self.ahead.growth:
             return False
         if (
             len(session.unsaved) >= MAX_UNSAVED // 2
@@ -307,6 +317,7 @@ class Commits:
         """Nothing of the session waits any more."""
         self._waiting.pop(session, None)
         self._troubled.discard(session)
+        self._kept_waiting.discard(session)
 
     def _bring_soon(self, session: Session) -> None:
         """Start bringing a session's versions to the store, unless that is under way."""

@@ -86,6 +86,11 @@ class Session:
         """Host memory that the record takes."""
         return 0 if self.record is None else size_of(self.record)
 
+    def is_at(self, expect: Expect | None, deletions: int) -> bool:
+        """Whether it is, as far as is known here, what a request started from."""
+        known = self.record.expect if self.record is not None else None
+        return self.loaded and known == expect and self.deletions == deletions
+
     async def acquire(self, ticket: str, depth: int, seconds: float) -> None:
         """Become the owner, first come, first served.
 

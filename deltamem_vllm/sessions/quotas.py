@@ -95,7 +95,7 @@ class Quotas:
             if at and time.monotonic() - at < FRESH_SECONDS and all(_fits(adds, usage, quota) for quota, _ in quotas):
                 self._seen[key.tenant] = (at, adds.applied(usage))  # others must not count on the same room
                 return
-            usage = await self._records.on_loader(self._records.store.usage, key.tenant)
+            usage = await self._records.reads.read(self._records.store.usage, key.tenant)
         except StoreUnavailable as e:
             logger.warning("the store cannot be asked for a tenant's usage; its quota is checked at commit: %s", e)
             return

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from deltamem_vllm import metrics
@@ -12,11 +11,14 @@ from deltamem_vllm.errors import SessionError, StoreUnavailable
 from deltamem_vllm.sessions import attributes
 from deltamem_vllm.sessions.directory import Session
 from deltamem_vllm.sessions.meters import Meters
+from deltamem_vllm.sessions.reads import Reads
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore
 
 logger = logging.getLogger("vllm.deltamem")
 _T = TypeVar("_T")
 _TTL = b"ttl"
+NOTICE_SECONDS = 3.0
+"""How long a request waits to hear of versions of other servers before it goes on from the one that is known here."""
 
 
 class Records:
@@ -43,15 +45,15 @@ class Records:
     ) -> None:
         self.store, self._deleted, self._expired, self._meters = store, deleted, expired, meters
         self.layout, self.adapter, self.model = layout, adapter, model
-        self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-load")
+        self.reads = Reads()
 
     async def on_loader(self, work: Callable[..., _T], *args: object) -> _T:
         """Run a call that waits for the store where it holds nobody up."""
-        return await asyncio.get_running_loop().run_in_executor(self._loaders, work, *args)
+        return await self.reads.run(work, *args)
 
     def close(self) -> None:
         """Start no further reads."""
-        self._loaders.shutdown(wait=False)
+        self.reads.close()
 
     async def latest(self, session: Session, ticket: str | None = None) -> Record | None:
         """The session's latest record, None where it has none. One that has outlived its own ttl is deleted here,
@@ -85,7 +87,7 @@ class Records:
 
     async def _load(self, session: Session) -> Record | None:
         if not session.loaded:
-            record = await self.on_loader(self.store.get, session.key)
+            record = await self.reads.read(self.store.get, session.key)
             if session.loaded:  # a commit has come meanwhile, and knows better
                 return session.record
             if record is not None:
@@ -130,7 +132,7 @@ class Records:
         """Another server on the same store may have moved the session on since this one last saw it."""
         seen = session.record
         try:
-            kept = await self.on_loader(self.store.history, session.key, 1)
+            kept = await self.reads.read(self.store.history, session.key, 1, patience=NOTICE_SECONDS)
         except StoreUnavailable as e:
             logger.warning("the store cannot be asked for newer versions; going on from the one known here: %s", e)
             return

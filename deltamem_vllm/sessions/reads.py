@@ -1,0 +1,82 @@
+"""The store's calls that wait for it, on a few threads; and a store that keeps them waiting.
+
+A read whose connection breaks is tried again for seconds before it fails. While a store is away every request would
+wait for that, each behind those before it. So after a read that failed slowly the store counts as away: reads are
+refused at once, but for one a second, which finds out whether it is back. A store that fails at once is asked every
+time.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from deltamem_vllm.errors import StoreUnavailable
+
+logger = logging.getLogger("vllm.deltamem")
+_T = TypeVar("_T")
+
+SLOW_SECONDS = 1.0
+"""A read that fails after so long costs more than it tells."""
+AWAY_SECONDS = 1.0
+"""How often a store that is away is asked again."""
+
+
+class Reads:
+    """Runs calls for the event loop."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-load")
+        self._away = self._trying = False
+        self._why, self._next = "", 0.0
+
+    async def run(self, work: Callable[..., _T], *args: object) -> _T:
+        """Run a call, however long it takes."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    async def read(self, work: Callable[..., _T], *args: object, patience: float | None = None) -> _T:
+        """Run a read, unless the store is away.
+
+        Args:
+            patience: seconds to wait; None: as long as it takes.
+
+        Raises:
+            StoreUnavailable: it is away, or did not answer within ``patience``; and whatever the read raises.
+        """
+        trying = self._away
+        if trying and (self._trying or time.monotonic() < self._next):
+            raise StoreUnavailable(self._why)
+        self._trying = self._trying or trying
+        asked: asyncio.Future[_T] = asyncio.ensure_future(self.run(self._timed, work, args, trying))
+        try:
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the answer.
+            come, _ = await asyncio.wait({asked}, timeout=patience)
+            if not come:
+                raise StoreUnavailable(f"the store did not answer within {patience:g} s: see whether it is up")
+            return asked.result()
+        finally:
+            asked.cancel()
+            if trying:
+                self._trying, self._next = False, time.monotonic() + AWAY_SECONDS
+
+    def close(self) -> None:
+        """Start nothing any more."""
+        self._threads.shutdown(wait=False)
+
+    def _timed(self, work: Callable[..., _T], args: tuple[object, ...], trying: bool) -> _T:
+        """On a thread."""
+        if self._away and not trying:  # it went while this read waited for a thread
+            raise StoreUnavailable(self._why)
+        begun = time.monotonic()
+        try:
+            found = work(*args)
+        except StoreUnavailable as e:
+            if time.monotonic() - begun >= SLOW_SECONDS:
+                if not self._away:
+                    logger.warning("the store is away; it is asked once in %g s until it answers: %s", AWAY_SECONDS, e)
+                self._why, self._next, self._away = str(e), time.monotonic() + AWAY_SECONDS, True
+            raise
+        self._away = False
+        return found
