@@ -1,7 +1,8 @@
 """Many sessions in a short time, and whether the server's memory and descriptors stay where they are.
 
-New sessions, turns of old ones, readers and deletions, as fast as the server answers. Its host memory for sessions is
-set so small that it is full within the warm-up; what grows after that grows for ever.
+New sessions, turns of old ones, readers and deletions, as fast as the server answers. Its host memory for sessions and
+its KV cache (whose pages become resident when a block is used for the first time) are so small that they are full
+within the warm-up; what grows after that grows for ever.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from loadtests.chaos.clients import TIMEOUT
 from loadtests.chaos.cluster import Cluster, serving, talking
 from loadtests.chaos.scripts import Script
 
-HOST = "4MiB"
+HOST, BLOCKS = "4MiB", "512"
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -150,5 +151,5 @@ def run(size: Size, folder: Path) -> Report:
         async with talking(servers, place) as cluster:
             return await campaign(cluster, size)
 
-    with serving([place], "--deltamem-host-bytes", HOST) as servers:
+    with serving([place], "--deltamem-host-bytes", HOST, "--num-gpu-blocks-override", BLOCKS) as servers:
         return asyncio.run(inner())
