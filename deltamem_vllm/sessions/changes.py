@@ -136,15 +136,15 @@ async def in_turn(service: "SessionService", session: Session, ticket: str) -> A
 def blank(service: "SessionService", key: SessionKey) -> Record:
     """The empty memory as a record, for `Make` to start from: no window, no attributes, version 0 of nothing."""
     empty = np.zeros(service.state_shape, np.float32)
-    commits = service.commits
+    versions = service.commits.versions
     return Record(
         key=key,
         version=0,
         incarnation="",
         request_id="",
-        adapter=commits.adapter,
-        model=commits.model,
-        layout=commits.layout,
+        adapter=versions.adapter,
+        model=versions.model,
+        layout=versions.layout,
         base=empty,
         end=empty,
         window=b"",

@@ -25,15 +25,12 @@ import numpy as np
 from deltamem_vllm import metrics
 from deltamem_vllm.audit.chain import Event
 from deltamem_vllm.audit.log import AuditLog
-from deltamem_vllm.errors import CapacityError, CorruptRecord, LeaseLost, StaleVersion, StoreError, StoreUnavailable
-from deltamem_vllm.sessions import pinning, windows
+from deltamem_vllm.errors import CapacityError, LeaseLost, StaleVersion, StoreError, StoreUnavailable
 from deltamem_vllm.sessions.directory import Session, Unsaved, size_of
 from deltamem_vllm.sessions.grants import Grant
-from deltamem_vllm.sessions.histories import attributes_after
-from deltamem_vllm.sessions.masks import conversation, unwritten_before
 from deltamem_vllm.sessions.meters import Meters
+from deltamem_vllm.sessions.versions import Versions
 from deltamem_vllm.sessions.write_behind import WriteBehind
-from deltamem_vllm.store import parts
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey
 from deltamem_vllm.store.writer import CommitWriter
 
@@ -55,8 +52,7 @@ class Commits:
 
     Args:
         writer: the store's one writer.
-        layout, adapter, model: what every record says it was made with.
-        state_shape: [layers, H, r, r].
+        versions: makes the records.
         ahead: how far clients may be told ahead of the store; None: not at all.
         unsaved_bytes: host memory that records the store does not take may fill.
         audit: where what the store has taken is logged.
@@ -71,10 +67,7 @@ class Commits:
         self,
         writer: CommitWriter,
         *,
-        layout: str,
-        adapter: str,
-        model: str,
-        state_shape: tuple[int, ...],
+        versions: Versions,
         ahead: WriteBehind | None = None,
         unsaved_bytes: int = 256 << 20,
         audit: AuditLog | None = None,
@@ -82,7 +75,7 @@ class Commits:
     ) -> None:
         self._meters, self._audit = meters if meters is not None else Meters(), audit
         self._writer = writer
-        self.layout, self.adapter, self.model, self.state_shape = layout, adapter, model, state_shape
+        self.versions = versions
         self.ahead, self.room = ahead, unsaved_bytes
         self.lost = self.unsaved = self.backlog_bytes = 0
         self._told: deque[Unsaved] = deque()  # in the order of telling; those gone meanwhile included
@@ -160,7 +153,7 @@ class Commits:
             self.check_audit()
             known_away = session in self._kept_waiting and session.is_at(grant.expect, deletions)
             if known_away or self._may_tell_ahead(session, grant, deletions):
-                entry = Unsaved(self._next(grant, session.record, tokens_fed, state), grant.expect)
+                entry = Unsaved(self.versions.after(grant, session.record, tokens_fed, state), grant.expect)
                 session.unsaved.append(entry)
                 self._tell(session, entry)
                 if known_away:
@@ -171,7 +164,7 @@ class Commits:
             async with session.storing:  # a deletion waits, so that what is on its way cannot arrive after it
                 if session.deletions != deletions:
                     raise StaleVersion(f"session {session.key.session!r} was deleted while the request ran")
-                entry = Unsaved(self._next(grant, session.record, tokens_fed, state), grant.expect)
+                entry = Unsaved(self.versions.after(grant, session.record, tokens_fed, state), grant.expect)
                 return await self._store_now(session, entry)
         except StaleVersion as e:
             return {"status": "conflict", "error": str(e)}
@@ -370,35 +363,3 @@ class Commits:
         if len(self._losses) > MAX_LOSSES:
             self._losses.popitem(last=False)
         logger.error("%d version(s) of a session are lost: the store refused them: %s", told, why)
-
-    def _next(self, grant: Grant, last: Record | None, tokens_fed: list[int], state: np.ndarray) -> Record:
-        if (largest := parts.excess(state)) is not None:  # before the store refuses it: the store is well
-            raise CorruptRecord(
-                f"the state after this request is not finite, or over {parts.MAX_ABS:g}: it holds {largest:g}, and was "
-                "not saved"
-            )
-        now = time.time()
-        base = grant.base if grant.base is not None else np.zeros(self.state_shape, np.float32)
-        own = conversation(tokens_fed, grant.spans, grant.offered)
-        prompt_tokens = grant.prompt_tokens - unwritten_before(grant.offered, grant.prompt_tokens)
-        before = last.tokens if last else 0
-        if last and grant.plan.kind != "new":  # the window is written again from its base
-            window = windows.unpack(last.window)
-            before -= window.end.count if window is not None else 0
-        return Record(
-            key=grant.key,
-            version=(grant.expect.version if grant.expect else 0) + 1,
-            incarnation=grant.incarnation,
-            request_id=grant.ticket,
-            adapter=self.adapter,
-            model=self.model,
-            layout=self.layout,
-            base=base,
-            end=state,
-            window=windows.pack(windows.advance(grant.plan, own, prompt_tokens)),
-            created_at=last.created_at if last else now,
-            updated_at=now,
-            tokens=before + len(own),
-            windows=(last.windows if last else 0) + (grant.plan.kind == "new"),
-            attributes=pinning.renew(attributes_after(grant, last, len(tokens_fed), state), grant.pins, now),
-        )

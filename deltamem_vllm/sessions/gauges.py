@@ -100,11 +100,11 @@ def _now(service: "SessionService") -> list[Sample]:
         held += session.record is not None
         busy += session.owner is not None
         waiting += session.waiting
-    version, adapter, model = _version(), commits.adapter[:12], commits.model[:12]
+    version, adapter, model = _version(), commits.versions.adapter[:12], commits.versions.model[:12]
     durability = "sync" if commits.ahead is None else "write-behind"
     audit = service.audit
     return [
-        gauge(metrics.BUILD_INFO, 1, version, adapter, model, commits.layout, service.store_kind, durability),
+        gauge(metrics.BUILD_INFO, 1, version, adapter, model, commits.versions.layout, service.store_kind, durability),
         gauge(metrics.START_TIME, service.started_at),
         gauge(metrics.SESSIONS, held, "host"),
         gauge(metrics.SESSIONS_BUSY, busy),

@@ -41,6 +41,7 @@ from deltamem_vllm.sessions.quotas import Quotas
 from deltamem_vllm.sessions.rates import Rates
 from deltamem_vllm.sessions.records import Records
 from deltamem_vllm.sessions.tickets import Ticket, Tickets, count_tokens
+from deltamem_vllm.sessions.versions import Versions
 from deltamem_vllm.sessions.write_behind import WriteBehind
 from deltamem_vllm.store.protocol import Expect, SessionKey, StateStore
 from deltamem_vllm.store.url import open_store
@@ -107,10 +108,7 @@ class SessionService:
         self.leases = EngineLeases(getattr(self.store, "leases", None))
         self.commits = Commits(
             self.writer,
-            layout=layout,
-            adapter=adapter,
-            model=model,
-            state_shape=state_shape,
+            versions=Versions(layout, adapter, model, state_shape),
             ahead=WriteBehind(*write_behind, growth=self.quotas.growth) if write_behind is not None else None,
             unsaved_bytes=host_bytes,
             audit=audit,
