@@ -121,7 +121,8 @@ class SessionLLM:
         try:
             for turn in turns:
                 admitted.append(self.admit(turn))
-            outputs = self.llm.generate([a.prompt for a in admitted], [a.sampling for a in admitted], use_tqdm=False)
+            prompts: list[Any] = [a.prompt for a in admitted]
+            outputs = self.llm.generate(prompts, [a.sampling for a in admitted], use_tqdm=False)
         except BaseException:
             for ticket in [a.ticket for a in admitted if a.ticket]:
                 with contextlib.suppress(Exception):

@@ -40,9 +40,9 @@ class AppendedLinearMethod(UnquantizedLinearMethod):
         """Append, then do what the plain method does. A second call appends nothing."""
         if self._rows is not None:
             rows = self._rows.to(layer.weight.device, layer.weight.dtype)  # type: ignore[arg-type]
-            layer.weight = nn.Parameter(torch.cat([layer.weight.data, rows]), requires_grad=False)  # type: ignore[arg-type]
+            layer.weight = nn.Parameter(torch.cat([layer.weight.data, rows]), requires_grad=False)  # type: ignore[list-item]
             if layer.bias is not None:
                 more = layer.bias.new_zeros(len(rows))  # type: ignore[operator]
-                layer.bias = nn.Parameter(torch.cat([layer.bias.data, more]), requires_grad=False)  # type: ignore[arg-type]
+                layer.bias = nn.Parameter(torch.cat([layer.bias.data, more]), requires_grad=False)  # type: ignore[list-item]
             self._rows = None
         super().process_weights_after_loading(layer)

@@ -88,7 +88,8 @@ class MemoryLayer(nn.Module):
     def correct_qkv(self, rows: torch.Tensor, widths: Mapping[Head, int]) -> list[torch.Tensor]:
         """q, k and v of rows [T, q | k | v | …], corrected."""
         parts = []
-        for head, part in zip(widths, rows[:, : sum(widths.values())].split([*widths.values()], dim=-1), strict=True):
+        own = torch.split(rows[:, : sum(widths.values())], [*widths.values()], dim=-1)
+        for head, part in zip(widths, own, strict=True):
             matrix = self.matrix(head)
             parts.append(part if matrix is None else correct(part, self.reads, matrix))
         return parts
