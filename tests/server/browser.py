@@ -124,8 +124,9 @@ class Browser:
                 self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
 
     def scheme(self, name: str) -> None:
-        """Prefer ``light`` or ``dark``."""
+        """Prefer ``light`` or ``dark``. The page hears of it with its next frame."""
         self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
+        self.get("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))")
 
     def picture(self, file: Path, width: int, height: int) -> None:
         """A PNG of the page's upper part."""
