@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from tests.engine.asking import Ask, Reply
 from tests.conftest import NIGHTLY
+from tests.engine.asking import Ask, Reply
 from tests.engine.engine import ASK_INSIDE, Engine, Setup
 from tests.engine.official import case
 from tests.engine.runs import fresh

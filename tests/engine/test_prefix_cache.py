@@ -100,6 +100,7 @@ def broken(request: pytest.FixtureRequest) -> Iterator[tuple[str, Engine, Case]]
         yield request.param, engine, expected
 
 
+@pytest.mark.nightly
 def test_a_broken_salt_is_seen(broken: tuple[str, Engine, Case]) -> None:
     """These tests can fail: with the salt broken they do, by wrong answers."""
     bug, engine, expected = broken

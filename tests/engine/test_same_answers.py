@@ -16,7 +16,12 @@ from tests.engine.setups import OPTIONS, setup
 EXPECTED = "qwen3_tsw_r8"
 
 
-@pytest.fixture(scope="module", params=OPTIONS)
+AT_NIGHT = ("uncached", "own_process", "pp2")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.nightly) if n in AT_NIGHT else n for n in OPTIONS]
+)
 def configured(request: pytest.FixtureRequest) -> Iterator[tuple[str, Engine, Case]]:
     expected = case(EXPECTED)
     with Engine(setup(request.param, expected), request.param) as engine:

@@ -152,6 +152,7 @@ def test_a_hostile_tool_cannot_change_the_memory(served: tuple[Engine, Case, Pla
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("bug", "caught"),
     [("unmasked-hashes", other_masks_never_share_blocks), ("sticky-marks", blocks_change_hands)],

@@ -94,6 +94,7 @@ def test_facts_in_the_prompt_are_answered_without_memory(users: Users) -> None:
     assert accuracy(users.replies(lambda s: s.in_prompt(), lambda user: None, "off")) >= 0.95
 
 
+@pytest.mark.nightly
 def test_the_memory_survives_kill_9(users: Users) -> None:
     """Read-only questions leave the memory as it was, so both servers must reply alike, word for word."""
     before = users.replies(questions, own, "read")

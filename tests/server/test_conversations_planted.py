@@ -30,7 +30,7 @@ from tests.server.conversations import (
 )
 from tests.server.fed_once import Reference, check_once, check_same
 
-pytestmark = pytest.mark.timeout(900)  # the first test starts the server
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]  # the first test starts the server
 
 TURNS = 4
 PLANTED = Path(__file__).parent / "planted_sessions"

@@ -14,7 +14,7 @@ from tests.server.conftest import FLAGS, HERE, MODEL
 from tests.server.streams import Stream, prompt
 from tests.server.talk import Talk, new_session, ok, outcome, refused
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 _SERVED = re.compile(r'^vllm:prompt_tokens_total\{.*engine="(\d)".*\} (\S+)$', re.MULTILINE)
 
 

@@ -9,7 +9,7 @@ from tests.server import guarded as setup
 from tests.server.guarded import FACT, Guarded, new_id, probe, share, traces
 from tests.server.talk import ok
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from deltamem_vllm.store.sqlite import SQLiteStore
 from tests.server.talk import TENANT, Talk, distance, new_session, ok, outcome
 from tests.tolerances import SAME_MEMORY
 
-KILLS = 50 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 3
+KILLS = 50 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 2
 SESSIONS = 4
 
 

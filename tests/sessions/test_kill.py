@@ -25,7 +25,7 @@ from deltamem_vllm.sessions.control import ControlClient
 from deltamem_vllm.store.sqlite import SQLiteStore
 from tests.sessions.harness import TENANT, ids, key, memory
 
-KILLS = 500 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 50
+KILLS = 500 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 25
 SESSIONS = 8
 ROOT = Path(__file__).parents[2]
 
