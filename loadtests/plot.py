@@ -34,7 +34,7 @@ def _overhead(axis: Axes, rows: list[dict[str, Any]]) -> None:
     width = 0.8 / len(arms)
     for number, arm in enumerate(arms):
         places = [index + number * width for index in range(len(rows))]
-        bars = axis.bar(places, [row[arm] for row in rows], width, label=arm.removesuffix(" %"))
+        bars = axis.bar(places, [row.get(arm, float("nan")) for row in rows], width, label=arm.removesuffix(" %"))
         axis.bar_label(bars, fmt="%.1f", fontsize=7)
     axis.set_xticks([index + 0.4 - width / 2 for index in range(len(rows))], [row["what"] for row in rows], fontsize=7)
     axis.set(title="added to vLLM alone", ylabel="%")

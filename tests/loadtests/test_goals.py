@@ -54,6 +54,22 @@ def test_goals_are_judged(what: str, verdict: str) -> None:
     assert goal.verdict(figure) == verdict
 
 
+@pytest.mark.parametrize(("again", "said"), [(0.4, "pass"), (-1.31, "unclear: vanilla against itself is -1.31 %")])
+def test_a_figure_within_the_noise_says_nothing(again: float, said: str) -> None:
+    row = {"what": "TPOT, B=1", "vanilla ms": 50.0, "memory %": -2.0, "vanilla again %": again, "lora / memory": 1.5}
+    line = next(line for line in goals.table({"overhead": [row]}) if line.startswith("| time per token, 1 request"))
+    assert line.endswith(f"| -2.00 | {said} |")
+
+
+def test_a_picture_where_an_arm_was_not_measured(tmp_path: Path) -> None:
+    rows = [
+        {"what": "TPOT, B=1", "vanilla ms": 50.0, "memory %": 1.0, "lora %": 40.0},
+        {"what": "TTFT", "vanilla ms": 9.0, "memory %": 1.0},
+    ]
+    plot.draw({"overhead": rows}, tmp_path / "some.png", "a machine")
+    assert (tmp_path / "some.png").exists()
+
+
 def test_what_was_not_measured_is_said() -> None:
     text = markdown({}, {"overhead": "SystemExit: differs"})
     assert text.count("not measured") == len(goals.GOALS)
