@@ -40,15 +40,15 @@ inline int64_t thread_floats(const Shape& shape) {
 // How a step is cut over threads. Every cut gives the same bits.
 enum class Cut {
   none,      // one thread
-  requests,  // a thread takes a request at a time: none resumes from a page that another one begins in this step
+  requests,  // a thread takes a request at a time: none resumes from a page that another one writes in this step
   tokens,    // first all tokens are activated, in pieces, then a thread takes a head of a request at a time
 };
 
 struct Plan {
   Cut cut;
   int64_t threads;
-  bool independent;      // no request resumes from a page that another one begins in this step
-  const int32_t* order;  // [num_reqs] requests; if they are not independent: whoever begins a page before who uses it
+  bool independent;      // no request resumes from a page that another one writes in this step
+  const int32_t* order;  // [num_reqs] requests; if they are not independent: whoever writes a page before who uses it
 };
 
 // body(context, slot) for each slot < count, at the same time where that is possible.

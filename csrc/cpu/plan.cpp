@@ -56,7 +56,7 @@ Plan make_plan(const Shape& shape, const ScanArgs& args, int64_t num_blocks, int
   if (static_cast<int64_t>(order.size()) < args.num_reqs) order.resize(args.num_reqs);
   for (int64_t i = 0; i < args.num_reqs; i++) order[i] = static_cast<int32_t>(i);
   const bool independent = args.num_reqs < 2 || !shares_pages(args, num_blocks);
-  if (!independent)  // a request that hits a page begins behind the start of the one that begins it
+  if (!independent)  // a request that hits a page begins behind the start of any that writes it
     std::sort(order.begin(), order.begin() + args.num_reqs, [&](int32_t a, int32_t b) {
       const int64_t first = span_of(args, a).context, second = span_of(args, b).context;
       return first < second || (first == second && a < b);
