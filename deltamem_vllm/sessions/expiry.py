@@ -79,7 +79,7 @@ class Expiry:
         until = time.time() - self.ttl
         while True:
             limit = BATCH + passed_over
-            idle = await self._records.on_loader(self._records.store.idle, until, limit)
+            idle = await self._records.reads.run(self._records.store.idle, until, limit)
             free = [key for key in idle if (known := self._directory.find(key)) is None or known.idle]
             gone = await self._delete(free[:BATCH], until) if free else 0
             left = min(len(idle) - gone, MAX_PASSED_OVER)
@@ -99,7 +99,7 @@ class Expiry:
                 sessions.append(session)
             gone = set()
             try:
-                gone.update(await self._records.on_loader(self._records.store.delete_idle, keys, until))
+                gone.update(await self._records.reads.run(self._records.store.delete_idle, keys, until))
             except StoreError:
                 for session in sessions:  # what has become of them is not known
                     self._forget(session.key)

@@ -79,12 +79,12 @@ async def listing(
 ) -> list[dict[str, Any]]:
     """A page of the store's sessions."""
     store = service.records.store
-    return [_row(i) for i in await service.records.on_loader(lambda: store.list(tenant, after, limit, prefix=prefix))]
+    return [_row(i) for i in await service.records.reads.run(lambda: store.list(tenant, after, limit, prefix=prefix))]
 
 
 async def versions(service: "SessionService", key: SessionKey) -> list[dict[str, Any]]:
     """The versions that the store keeps, newest first."""
-    return [_row(each) for each in await service.records.on_loader(service.records.store.history, key, 1000)]
+    return [_row(each) for each in await service.records.reads.run(service.records.store.history, key, 1000)]
 
 
 def _row(each: SessionInfo) -> dict[str, Any]:
@@ -151,7 +151,7 @@ async def rollback(
     Raises:
         SessionError: 404; the version is not kept.
     """
-    old = await service.records.on_loader(service.records.store.get_version, key, version)
+    old = await service.records.reads.run(service.records.store.get_version, key, version)
 
     def make(record: Record) -> Record:
         if old is None or old.incarnation != record.incarnation:
@@ -292,8 +292,8 @@ async def _erase(service: "SessionService", session: Session) -> dict[str, Any]:
     store, key = service.records.store, session.key
     service.commits.check_audit()
     async with session.storing, session.loading:
-        kept = await service.records.on_loader(store.history, key, 1000)
-        existed = await service.records.on_loader(store.delete, key)
+        kept = await service.records.reads.run(store.history, key, 1000)
+        existed = await service.records.reads.run(store.delete, key)
         unsaved, host = len(session.unsaved), session.record is not None
         existed = service.commits.abandon(session) or existed
         session.erase()
@@ -338,7 +338,7 @@ async def _install(
     try:
         record = await change(service, key, name, make, event=event)
     except _Exists:
-        created = await service.records.on_loader(service.records.store.get_version, key, 1)
+        created = await service.records.reads.run(service.records.store.get_version, key, 1)
         latest = await service.records.latest(service.directory.get(key))
         if created is None or latest is None or created.request_id != name:
             raise

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
 
 from deltamem_vllm import metrics
 from deltamem_vllm.errors import SessionError, StoreUnavailable
@@ -15,7 +14,6 @@ from deltamem_vllm.sessions.reads import Reads
 from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore
 
 logger = logging.getLogger("vllm.deltamem")
-_T = TypeVar("_T")
 _TTL = b"ttl"
 NOTICE_SECONDS = 3.0
 """How long a request waits to hear of versions of other servers before it goes on from the one that is known here."""
@@ -30,6 +28,9 @@ class Records:
         expired: told of sessions that were deleted here because they had outlived their own ttl.
         meters: counts the looks.
         layout, adapter, model: what a record must have been made with.
+
+    Attributes:
+        reads: runs calls of the store.
     """
 
     def __init__(
@@ -46,10 +47,6 @@ class Records:
         self.store, self._deleted, self._expired, self._meters = store, deleted, expired, meters
         self.layout, self.adapter, self.model = layout, adapter, model
         self.reads = Reads()
-
-    async def on_loader(self, work: Callable[..., _T], *args: object) -> _T:
-        """Run a call that waits for the store where it holds nobody up."""
-        return await self.reads.run(work, *args)
 
     def close(self) -> None:
         """Start no further reads."""
@@ -107,7 +104,7 @@ class Records:
         """
         if version == latest.version:
             return latest
-        record = await self.on_loader(self.store.get_version, latest.key, version)
+        record = await self.reads.run(self.store.get_version, latest.key, version)
         if record is None or record.incarnation != latest.incarnation:
             raise SessionError(
                 f"session {latest.key.session!r} does not keep version {version}", status=404, parameter="version"
@@ -119,14 +116,14 @@ class Records:
         record = session.record
         if record is None or session.unsaved or not has_outlived(record):
             return
-        gone = await self.on_loader(self.store.delete_idle, [session.key], record.updated_at)
+        gone = await self.reads.run(self.store.delete_idle, [session.key], record.updated_at)
         if session.record is not record:
             return
         if gone:
             session.erase()
             self._expired(session.key)
         else:  # another server has written it meanwhile, or deleted it
-            session.set_record(await self.on_loader(self.store.get, session.key))
+            session.set_record(await self.reads.run(self.store.get, session.key))
 
     async def _notice_other_writers(self, session: Session) -> None:
         """Another server on the same store may have moved the session on since this one last saw it."""
