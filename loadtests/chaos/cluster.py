@@ -11,7 +11,7 @@ import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamem_vllm.demo.server import SMALL, VllmServer
+from deltamem_vllm.demo.server import ONE_WORKER, SMALL, VllmServer
 from deltamem_vllm.recall import ADAPTER_DIR, MODEL_DIR
 from deltamem_vllm.store.protocol import SessionKey
 from deltamem_vllm.store.url import open_store
@@ -24,8 +24,6 @@ KEEP = 200
 """Versions that the store keeps of each session: all that a campaign writes."""
 TENANT = "default"
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "64", "--served-model-name", "m")
-ONE_WORKER = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
-"""The engine's worker within its process, as on one GPU: a server starts in two thirds of the time."""
 APART = 100
 """By how many tolerances the memories of two turns must differ, so that one is not taken for the other."""
 Memories = Mapping[Script, Sequence[NDArray[np.float32]]]

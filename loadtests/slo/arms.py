@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from deltamem_vllm.demo.server import VllmServer
+from deltamem_vllm.demo.server import ONE_WORKER, SMALL, VllmServer
 from deltamem_vllm.recall import ADAPTER_DIR, MODEL_DIR
 from loadtests.slo.replay import Answer, Sending, messages, replay, send
 from loadtests.slo.trace import Arrival, Exchange, Trace
@@ -19,11 +19,7 @@ from loadtests.slo.trace import Arrival, Exchange, Trace
 VANILLA, MEMORY = "vLLM alone", "with memory"
 TOKENS = 16
 """Of every answer, whatever they are: both servers do the same work after the prompt."""
-FLAGS: tuple[str, ...] = (
-    *("--dtype", "float32", "--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "32"),
-    *("--enforce-eager", "--served-model-name", "m"),
-    *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
-)
+FLAGS = (*SMALL, *ONE_WORKER, "--max-model-len", "1024", "--max-num-seqs", "32", "--served-model-name", "m")
 
 
 @dataclass

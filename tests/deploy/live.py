@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import psycopg
 
-from deltamem_vllm.demo.server import VllmServer
+from deltamem_vllm.demo.server import ONE_WORKER, VllmServer
 from tests.deploy.prometheus import Prometheus
-from tests.server.conftest import HERE, MODEL, ONE_WORKER
+from tests.server.conftest import HERE, MODEL
 from tests.server.talk import API_KEY, Talk
 from tests.store import services
 

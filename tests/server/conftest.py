@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltamem_vllm.demo.server import VllmServer
+from deltamem_vllm.demo.server import ONE_WORKER, VllmServer
 from tests.server.talk import API_KEY, Talk
 
 ROOT = Path(__file__).parents[2]
@@ -16,9 +16,6 @@ FIXTURE = ROOT / "tests" / "fixtures" / "qwen3_tsw_r8"
 MODEL, ADAPTER = FIXTURE / "model", FIXTURE / "adapter"
 HERE = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)}
 """Environment of a server that is to run this checkout."""
-ONE_WORKER = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
-"""The engine's worker within its process, as on one GPU. On a CPU vLLM gives it a process of its own, which takes
-a third of a start; the tests of the demo, of the recall model and of `tests.engine` with two workers have that."""
 FLAGS = (
     "--dtype float32 --block-size 32 --max-model-len 1024 --enforce-eager --served-model-name m --max-logprobs 20 "
     f"--api-key {API_KEY} --deltamem-queue-depth 2 --deltamem-queue-seconds 30 "

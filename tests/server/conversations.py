@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltamem_vllm.demo.server import VllmServer
+from deltamem_vllm.demo.server import ONE_WORKER, VllmServer
 from deltamem_vllm.recall import ADAPTER_DIR, MODEL_DIR
 from deltamem_vllm.recall.data import Shape, dialogues
 from deltamem_vllm.recall.tokenizer import build
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.store.protocol import Record, SessionKey, StateStore
 from deltamem_vllm.store.url import open_store
-from tests.server.conftest import ONE_WORKER
 from tests.server.talk import Logprobs, Talk, chat, chunks, closing, memory_headers, new_session, ok, outcome
 
 MAX_LEN = 1024

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import zmq
 
-from deltamem_vllm.demo.server import VllmServer
+from deltamem_vllm.demo.server import ONE_WORKER, VllmServer
 from deltamem_vllm.server.tenants import digest_of
-from tests.server.conftest import HERE, MODEL, ONE_WORKER, ROOT
+from tests.server.conftest import HERE, MODEL, ROOT
 from tests.server.talk import Talk, chat, completion, distance, logprobs, ok
 from tests.tolerances import SAME_MEMORY
 

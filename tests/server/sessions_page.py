@@ -13,10 +13,10 @@ import httpx
 from PIL import Image
 
 from deltamem_vllm.demo.script import ASKED, TOLD
-from deltamem_vllm.demo.server import SMALL, VllmServer
+from deltamem_vllm.demo.server import ONE_WORKER, SMALL, VllmServer
 from deltamem_vllm.recall import ADAPTER_DIR, MODEL_DIR
 from tests.server.browser import Browser, browser
-from tests.server.conftest import HERE, ONE_WORKER, ROOT
+from tests.server.conftest import HERE, ROOT
 from tests.server.talk import API_KEY, Talk, memory_headers, ok
 
 PICTURE = ROOT / "docs" / "images" / "sessions-page.png"
