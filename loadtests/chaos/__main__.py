@@ -26,7 +26,8 @@ def _replicas(given: argparse.Namespace) -> tuple[Any, list[str]]:
     report = replicas.run(size)
     slow = [f"answered {wait:.2f} s after a kill: at most {RESUME:g}" for wait in report.waits if wait > RESUME]
     left = [] if report.resumed == size.sessions else [f"{size.sessions - report.resumed} sessions did not go on"]
-    return report, [*shown(report.problems), *report.faults, *slow, *left]
+    none = [] if report.waits else ["no session was written or leased at a kill: nothing is shown"]
+    return report, [*shown(report.problems), *report.faults, *slow, *left, *none]
 
 
 def _stores(given: argparse.Namespace) -> tuple[Any, list[str]]:
