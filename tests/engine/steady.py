@@ -1,10 +1,9 @@
 """Prompts at which a quantised model's answer does not hang on a hair.
 
 Rounded inputs make a model jump: one that lies on the edge between two steps falls to either side by the last bit of a
-sum, and every later token is off by as much (the plain model of an fp8 checkpoint, its own inputs moved by 1e-7 of
-themselves, moves by 0.14 in the mean of a hundred tokens' log-probabilities). Of two implementations that are both
-right one cannot say more than that, unless no input is near an edge: so prompts are looked for until the plain model
-says the same with its inputs moved, many times and by more than the order of sums can.
+sum, and every later token is off by as much, in the plain model as in the served one. Of two implementations that are
+both right one cannot say more than that, unless no input is near an edge: so prompts are looked for until the plain
+model says the same with its inputs moved, many times and by more than the order of sums can.
 """
 
 from __future__ import annotations
