@@ -34,6 +34,24 @@ def time_passes() -> None:
 
 
 @contextlib.contextmanager
+def without_a_store(live: Live) -> Iterator[None]:
+    """Connections to PostgreSQL are cut and refused."""
+    live.proxy.down = True
+    live.proxy.cut()
+    try:
+        yield
+    finally:
+        live.proxy.down = False
+
+
+def delete_in_the_database(live: Live, session: str) -> None:
+    """As nobody should: past every server."""
+    with live.database as database:
+        for table in ("deltamem_versions", "deltamem_sessions"):
+            database.execute(f"DELETE FROM {table} WHERE session = %s", (session,))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
 def no_cause(live: Live) -> Iterator[Again]:
     """All is well."""
     yield time_passes
@@ -41,16 +59,11 @@ def no_cause(live: Live) -> Iterator[Again]:
 
 @contextlib.contextmanager
 def store_cut(live: Live) -> Iterator[Again]:
-    """Connections to PostgreSQL are cut and refused: sessions in memory go on until what waits fills it, others get
-    503."""
+    """Sessions in memory go on until what waits for the store fills it, others get 503."""
     known = [new_session() for _ in range(16)]
     live.turns(*known)
-    live.proxy.down = True
-    live.proxy.cut()
-    try:
+    with without_a_store(live):
         yield lambda: live.turns(new_session(), *known * 5)
-    finally:
-        live.proxy.down = False
 
 
 @contextlib.contextmanager
@@ -58,15 +71,9 @@ def other_writer_during_a_cut(live: Live) -> Iterator[Again]:
     """A session is deleted in the database while a version of it waits for the store to come back."""
     session = new_session()
     live.turn(session)
-    live.proxy.down = True
-    live.proxy.cut()
-    try:
+    with without_a_store(live):
         assert live.turn(session) == "degraded"
-        with live.database as database:
-            for table in ("deltamem_versions", "deltamem_sessions"):
-                database.execute(f"DELETE FROM {table} WHERE session = %s", (session,))  # type: ignore[arg-type]
-    finally:
-        live.proxy.down = False
+        delete_in_the_database(live, session)
     yield time_passes
 
 
@@ -99,9 +106,7 @@ def damaged_record(live: Live) -> Iterator[Again]:
             (session,),
         )
     yield lambda: live.turn(session)
-    with live.database as database:
-        for table in ("deltamem_versions", "deltamem_sessions"):
-            database.execute(f"DELETE FROM {table} WHERE session = %s", (session,))  # type: ignore[arg-type]
+    delete_in_the_database(live, session)
 
 
 @contextlib.contextmanager

@@ -110,7 +110,6 @@ def test_alerts_fire_and_cease(live: Live) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(not NIGHTLY, reason="nightly: DELTAMEM_NIGHTLY=1")
 def test_every_alert_fires_and_ceases(live: Live, tmp_path: Path) -> None:
     campaign = Campaign(live.prometheus)
     live.turn(OF_THE_OTHER)

@@ -81,7 +81,7 @@ def test_replicas_are_killed(pair: Pair) -> None:
     check_replicas(report)
 
 
-@pytest.mark.skipif(not NIGHTLY, reason="ten minutes, on servers of their own: DELTAMEM_NIGHTLY=1")
+@pytest.mark.nightly  # ten minutes, on servers of their own
 def test_replicas_are_killed_every_thirty_seconds() -> None:
     report = replicas.run(replicas.Size())
     print("\n".join(f"{what}: {value}" for what, value in report.rows().items()))
@@ -152,7 +152,7 @@ def test_what_is_planted_is_found(pair: Pair) -> None:
         assert kind in found[plant], (plant, found[plant])
 
 
-@pytest.mark.skipif(not NIGHTLY, reason="two more servers: DELTAMEM_NIGHTLY=1")
+@pytest.mark.nightly  # two more servers
 def test_a_server_that_tells_before_it_saves_is_found() -> None:
     plants = Path(__file__).parent / "planted"
     with two_replicas(PYTHONPATH=f"{plants}{os.pathsep}{Path(__file__).parents[2]}") as pair:
@@ -197,7 +197,7 @@ def test_the_store_fails_for_a_while(pair: Pair, fault: stores.Fault) -> None:
         assert report.told.get("degraded", 0) > 0, "nobody was answered, or nobody was told"
 
 
-@pytest.mark.skipif(not NIGHTLY, reason="a minute each, on servers of their own: DELTAMEM_NIGHTLY=1")
+@pytest.mark.nightly  # a minute each, on servers of their own
 @pytest.mark.parametrize("fault", ["cut", "silent", "slow", "full"])
 def test_the_store_fails_for_a_minute(fault: stores.Fault) -> None:
     report = stores.run(fault, stores.Size())
@@ -208,7 +208,7 @@ def test_the_store_fails_for_a_minute(fault: stores.Fault) -> None:
 # --- a long time, and a load ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not NIGHTLY, reason="ten minutes: DELTAMEM_NIGHTLY=1")
+@pytest.mark.nightly  # ten minutes
 def test_memory_and_descriptors_stay(tmp_path: Path) -> None:
     report = soak.run(soak.Size(), tmp_path)
     print("\n".join(f"{what}: {value}" for what, value in report.rows().items()))
@@ -237,7 +237,7 @@ def test_a_trace_on_a_server(pair: Pair) -> None:
         assert row["good %"] == pytest.approx(100 * (1 - row["409"] / row["requests"]))
 
 
-@pytest.mark.skipif(not NIGHTLY, reason="three servers are started: DELTAMEM_NIGHTLY=1")
+@pytest.mark.nightly  # three servers are started
 def test_the_report_of_both_servers(tmp_path: Path) -> None:
     assert slo(["--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "results.png"}
