@@ -28,6 +28,8 @@ struct Shape {
 
 // Tokens activated at a time; what is made of them stays in the first-level cache. A tile's idle tokens fit 32 bits.
 constexpr int64_t kTile = 32;
+// Floats that say after how many of its page's tokens a running state is.
+constexpr int64_t kStampFloats = 2;
 // Floats behind a packed array that a whole register may touch.
 constexpr int64_t kPad = 16;
 
@@ -58,10 +60,19 @@ struct Pages {
   float* data;
   int64_t stride;      // floats from one page to the next
   int64_t block_size;  // N, tokens per page
+  int64_t width = 0;   // floats of a page; those behind its content are ours too
 
   float* base(int64_t block) const { return data + block * stride; }
   float* log(int64_t block, const Shape& shape, int64_t slot) const {
     return base(block) + shape.state_floats() + slot * shape.log_columns();
+  }
+
+  // Where a head's running state is kept, behind the page's content: a stamp of kStampFloats, then [r, r] as the kernels
+  // hold it. Null where there is no room.
+  float* running(int64_t block, const Shape& shape, int64_t head) const {
+    const int64_t content = shape.state_floats() + block_size * shape.log_columns();
+    const int64_t each = kStampFloats + shape.rank * shape.rank;
+    return width - content < shape.heads * each ? nullptr : base(block) + content + head * each;
   }
 };
 

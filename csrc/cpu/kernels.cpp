@@ -46,13 +46,50 @@ struct Step {
   float* all_q() const { return scratch(plan.threads); }
 };
 
+// The running state of an open page: the state after its last token, beside the content from which it can be replayed,
+// so that a decode step does not replay up to N tokens. It is never needed for a right answer, and never outlives what
+// it was made from: whoever writes a page takes its stamp away first, and stamps it again where a step ends in it.
+struct Stamp {
+  uint32_t mark, tokens;
+};
+static_assert(sizeof(Stamp) == kStampFloats * sizeof(float), "a stamp fills its floats");
+constexpr uint32_t kMark = 0x7fa3d317;  // as a float a signalling NaN, which no arithmetic leaves in a page
+
+// Copies the state after `tokens` tokens of a page, if that is what is kept there. Only of a page that is not full: such
+// a page is one request's own.
+bool find_running(const Step& step, int64_t block, int64_t tokens, int64_t head, float* state) {
+  const float* kept = step.args.pages.running(block, step.shape, head);
+  Stamp stamp;
+  if (!kept || tokens >= step.args.pages.block_size) return false;
+  memcpy(&stamp, kept, sizeof stamp);
+  if (stamp.mark != kMark || stamp.tokens != tokens) return false;
+  memcpy(state, kept + kStampFloats, step.shape.rank * step.shape.rank * sizeof(float));
+  return true;
+}
+
+void forget_running(const Step& step, int64_t block, int64_t head) {
+  if (float* kept = step.args.pages.running(block, step.shape, head)) memset(kept, 0, sizeof(Stamp));
+}
+
+// Keep the state after a request's last token of this step.
+void keep_running(const Step& step, const Request& request, int64_t head, const float* state) {
+  const int64_t size = step.args.pages.block_size, last = request.position + (request.stop - request.token) - 1;
+  float* kept = step.args.pages.running(request.blocks[last / size], step.shape, head);
+  if (!kept || last % size + 1 == size) return;
+  const Stamp stamp = {kMark, static_cast<uint32_t>(last % size + 1)};
+  memcpy(kept, &stamp, sizeof stamp);
+  memcpy(kept + kStampFloats, state, step.shape.rank * step.shape.rank * sizeof(float));
+}
+
 // Bring one head's `state` (transposed) to where a request's first token of this step finds it.
 void resume(const Step& step, const Request& request, int64_t head, float* state) {
   const Pages& pages = step.args.pages;
   const int64_t r = step.shape.rank, last = request.position - 1;
   const int64_t block = request.blocks[last < 0 ? 0 : last / pages.block_size];
+  const int64_t tokens = last < 0 ? 0 : last % pages.block_size + 1;
+  if (tokens && find_running(step, block, tokens, head, state)) return;
   transpose(r, pages.base(block) + head * r * r, state);
-  if (last >= 0) step.span(step.shape, head, last % pages.block_size + 1, nullptr, pages.log(block, step.shape, 0), nullptr, state);
+  if (tokens) step.span(step.shape, head, tokens, nullptr, pages.log(block, step.shape, 0), nullptr, state);
 }
 
 // The tokens of a request from `token` on that share a block, at most `most`.
@@ -83,6 +120,7 @@ void activate_run(const Step& step, const Request& request, int64_t token, const
 void scan_run(const Step& step, const Request& request, int64_t token, const Run& run, int64_t head, const float* q, float* state) {
   const Pages& pages = step.args.pages;
   const int64_t r = step.shape.rank;
+  if (run.slot == 0 || token == request.token) forget_running(step, run.block, head);
   if (run.slot == 0 && (token > request.token || request.position > 0)) transpose(r, state, pages.base(run.block) + head * r * r);
   float* reads = step.args.reads + token * step.shape.width();
   step.span(step.shape, head, run.n, q, pages.log(run.block, step.shape, run.slot), reads, state);
@@ -102,6 +140,7 @@ void whole_request(const Step& step, int64_t i, float* scratch) {
     for (int64_t head = 0; head < heads; head++) scan_run(step, request, token, run, head, q, state + head * square);
     token += run.n;
   }
+  for (int64_t head = 0; head < heads; head++) keep_running(step, request, head, state + head * square);
 }
 
 void requests_of_a_thread(void* context, int64_t slot) {
@@ -143,6 +182,7 @@ void scan_head(const Step& step, int64_t i, int64_t head, float* state) {
     scan_run(step, request, token, run, head, step.all_q() + token * step.shape.width(), state);
     token += run.n;
   }
+  keep_running(step, request, head, state);
 }
 
 void heads_of_a_thread(void* context, int64_t slot) {

@@ -14,11 +14,13 @@ from deltamem_vllm.adapter.config import Head
 from deltamem_vllm.adapter.weights import Adapter, LayerWeights, load_adapter
 from deltamem_vllm.config import Settings, settings_of
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.memory.chain import Chain
 from deltamem_vllm.memory.layer import MemoryLayer, attach
 from deltamem_vllm.memory.pages import SUFFIX, StatePages, WriteMasks
 from deltamem_vllm.memory.preflight import backbone_shape
 from deltamem_vllm.memory.scan import kernels_for
 from deltamem_vllm.memory.watching import Attention
+from deltamem_vllm.ops.native import NativeOps
 
 logger = logging.getLogger("vllm.deltamem")
 
@@ -59,7 +61,7 @@ def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, 
     device = torch.device(str(vllm_config.device_config.device))
     dtype: Any = vllm_config.model_config.dtype
     kernels = kernels_for(device, settings.kernel, adapter.shape)
-    masks = WriteMasks()
+    masks, chain = WriteMasks(), Chain(kernels) if isinstance(kernels, NativeOps) else None
     wrapped = appended = 0
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -67,7 +69,7 @@ def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, 
         if not found or found[2] not in adapter.config.target_modules or int(found[1]) not in adapter.layers:
             continue
         layer, sizes = _shard(name, module, adapter, adapter.layers[int(found[1])])
-        pages = StatePages(f"{name}.{SUFFIX}", int(found[1]), adapter.shape, kernels, masks, vllm_config)
+        pages = StatePages(f"{name}.{SUFFIX}", int(found[1]), adapter.shape, kernels, masks, vllm_config, chain)
         memory = MemoryLayer(layer, pages, adapter.config.scaling, dtype, device)
         appended += attach(module, memory, sizes)
         norm = modules.get(f"{name.rpartition('.')[0]}.input_layernorm")

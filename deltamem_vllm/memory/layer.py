@@ -1,6 +1,6 @@
 """One wrapped attention layer: the memory is read and written where q, k and v are made, and corrects them and o.
 
-    hooks on qkv_proj (or q/k/v_proj)    reads = scan(projected)          (deltamem::scan: the one node of a graph)
+    hooks on qkv_proj (or q/k/v_proj)    reads = scan(projected)          (`memory.scan`: the one node of a graph)
                                          output += reads · M_q, M_k, M_v
     hook on o_proj                       output += reads · M_o
 
@@ -23,6 +23,7 @@ from deltamem_vllm.adapter.weights import LayerWeights
 from deltamem_vllm.memory.appended import append_rows, can_append
 from deltamem_vllm.memory.correct import correct
 from deltamem_vllm.memory.pages import StatePages
+from deltamem_vllm.memory.scan import scan
 
 QKV: tuple[Head, ...] = ("q", "k", "v")
 SPLIT_AT_ONCE = ("Qwen3Attention",)
@@ -101,7 +102,7 @@ class MemoryLayer(nn.Module):
             projected: [T, C], which may be columns of a wider tensor.
         """
         reads = torch.empty((projected.shape[0], self.width), dtype=torch.float32, device=projected.device)
-        torch.ops.deltamem.scan(projected, self.bias, reads, self.pages.prefix)
+        scan(self.pages, projected, self.bias, reads)
         self._reads = reads
         return reads
 

@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from deltamem_vllm import compat
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.memory.chain import Chain
 from deltamem_vllm.ops.layout import SMALLEST_KERNEL_BLOCK, MemoryShape
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
 
@@ -110,11 +111,13 @@ class StatePages(nn.Module, AttentionLayerBase):
         kernels: the paged operators that run on these pages.
         masks: the worker's shared write masks.
         vllm_config: the engine's configuration, in whose forward context the layer registers.
+        chain: the worker's layers, which this one joins; None where the kernels run each layer by itself.
 
     Attributes:
         pages: [kernel blocks, page_floats] fp32, a view of the KV cache; None until vLLM binds it.
         tokens: tokens per page (N).
         blocks_per_manager_block: kernel blocks that one block of vLLM's block manager is split into.
+        place: among the chain's layers; 0 without one.
         attention: the module whose memory this is (`deltamem_vllm.memory.watching.Attention`).
     """
 
@@ -128,9 +131,11 @@ class StatePages(nn.Module, AttentionLayerBase):
         kernels: PagedOps,
         masks: WriteMasks,
         vllm_config: VllmConfig,
+        chain: Chain | None = None,
     ) -> None:
         super().__init__()
         self.prefix, self.index, self.shape = prefix, index, shape
+        self.chain, self.place = chain, chain.join(self) if chain is not None else 0
         self.kernels, self.masks = kernels, masks
         self.kv_cache = torch.tensor([])
         self.pages: torch.Tensor | None = None
@@ -165,6 +170,8 @@ class StatePages(nn.Module, AttentionLayerBase):
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the cache vLLM allocated, ``[B, 1, N, bytes per token]``, as fp32 pages."""
         self.kv_cache = kv_cache
+        if self.chain is not None:
+            self.chain.rebind()
         view = kv_cache.view(torch.float32)
         blocks, one, tokens, floats = view.shape
         if one != 1 or view.stride(3) != 1 or view.stride(2) != floats:

@@ -1,7 +1,9 @@
 """The custom op that stands in the model's graph: activate, read and write one layer's memory for one step.
 
 ``deltamem::scan(projected[T, C], bias, reads[T, R] (out), layer) -> ()``. It finds the step's metadata and the
-layer's pages in vLLM's forward context, so the compiled graph holds nothing that changes between steps.
+layer's pages in vLLM's forward context, so the compiled graph holds nothing that changes between steps. Where layers
+form a chain (`deltamem_vllm.memory.chain`) it is the first one's operator, and the others' is
+``deltamem_native::scan_next``, which goes on from there.
 """
 
 from typing import Any
@@ -23,11 +25,26 @@ def kernels_for(device: torch.device, prefer: Preference, shape: MemoryShape) ->
 
 def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, layer: str) -> None:
     context: Any = get_forward_context()
+    pages: Any = context.no_compile_layers[layer]
+    if pages.chain is not None:  # the first layer of a chain; the others are not looked up here
+        pages.chain.begin(projected, bias, context.attn_metadata, reads)
+        return
     if context.attn_metadata is None:  # profiling and warm-up: no request, no page
         reads.zero_()
         return
-    pages: Any = context.no_compile_layers[layer]
     pages.kernels.page_scan(pages.shape, projected, bias, pages.pages, context.attn_metadata[layer], reads)
+
+
+def scan(pages: Any, projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor) -> None:
+    """One layer's memory for one step, as a node of the graph; arguments as of `PagedOps.page_scan`.
+
+    Args:
+        pages: the layer's `StatePages`.
+    """
+    if pages.place:
+        torch.ops.deltamem_native.scan_next(projected, bias, reads, pages.place)
+    else:
+        torch.ops.deltamem.scan(projected, bias, reads, pages.prefix)
 
 
 def _scan_shape(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, layer: str) -> None:

@@ -12,6 +12,10 @@ A page keeps the state *before* its first token and what each token wrote, never
 state at any position is replay(base, log[:n]): a rejected draft token is overwritten, an overshot one is
 ignored, a full block is immutable (and can be prefix-cached), and a preempted request recomputes. The price
 is at most N short steps to get back to a state.
+
+Padding is the kernels' own, and only they know what it holds. Those on a CPU keep the state after an open page's last
+token there, where there is room, so that a decode step need not replay (csrc/cpu/kernels.cpp). Whoever replays is right
+without it.
 """
 
 from __future__ import annotations

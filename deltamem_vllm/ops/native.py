@@ -45,6 +45,7 @@ class NativeOps:
         if not hasattr(torch.ops.deltamem_native, "page_scan"):
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         self._scan = torch.ops.deltamem_native.page_scan.default
+        self._first = torch.ops.deltamem_native.scan_first.default
         self._state = torch.ops.deltamem_native.page_state.default
         self._take = torch.ops.deltamem_native.take.default
         self._seed = torch.ops.deltamem_native.seed.default
@@ -63,6 +64,33 @@ class NativeOps:
     ) -> None:
         """See `PagedOps.page_scan`."""
         self._scan(projected, bias, pages, *batch[:5], reads, *batch[5:7], shape.packed)
+
+    def scan_first(
+        self, shape: MemoryShape, projected: Tensor, bias: Tensor, book: Book, batch: Batch, reads: Tensor
+    ) -> None:
+        """`page_scan` of the first of a book's layers, which begins a step: each of the others is then one call of
+        `scan_next`, in their order and in this thread, with rows of its own and all else as here.
+        """
+        where = (*book.parts, book.layers[0].shape[1])
+        self._first(projected, bias, *where, *batch[:5], reads, *batch[5:7], shape.packed)
+
+    @staticmethod
+    def scan_nothing(layers: int) -> None:
+        """Begins a step of so many layers that has no request: `scan_next` only zeroes their reads."""
+        torch.ops.deltamem_native.scan_nothing(layers)
+
+    @staticmethod
+    def scan_next(projected: Tensor, bias: Tensor, reads: Tensor, layer: int) -> None:
+        """One further layer of the step that `scan_first` or `scan_nothing` has begun.
+
+        Args:
+            projected, bias, reads: as in `PagedOps.page_scan`, of as many tokens as the first layer's.
+            layer: its place in the book, from 1.
+
+        Raises:
+            RuntimeError: it is not this layer's turn, or a tensor does not fit; nothing was changed.
+        """
+        torch.ops.deltamem_native.scan_next(projected, bias, reads, layer)
 
     def page_state(
         self,

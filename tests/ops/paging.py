@@ -66,12 +66,13 @@ def int32(values: list[int] | list[list[int]]) -> Tensor:
 @dataclass
 class World:
     """Pages of one layer. Every float nobody may touch holds 7.0; pages are wider and further apart than
-    needed.
+    needed. ``room``: wider by what kernels may keep beside a page's content (`deltamem_vllm.ops.layout`).
     """
 
     shape: MemoryShape
     block_size: int = 16
     num_blocks: int = 24
+    room: bool = False
     whole: Tensor = field(init=False)
     pages: Tensor = field(init=False)
     write_limit: Tensor = field(init=False)
@@ -79,6 +80,8 @@ class World:
 
     def __post_init__(self) -> None:
         width = self.shape.page_floats(self.block_size)
+        if self.room:
+            width += self.shape.state_floats + 2 * self.shape.heads
         self.whole = torch.full((self.num_blocks, width + 5), UNTOUCHED)
         self.pages = self.whole[:, :width]
         self.write_limit = torch.full((self.num_blocks,), WRITE_ALL, dtype=torch.int32)

@@ -15,9 +15,12 @@ from tests.tolerances import KERNEL_READS, KERNEL_STATE
 
 @pytest.mark.parametrize("shape", FEW_SHAPES, ids=name_of)
 @pytest.mark.parametrize("seed", range(4))
-def test_any_schedule_gives_the_reads_of_one_whole_scan(ops: PagedOps, shape: MemoryShape, seed: int) -> None:
+@pytest.mark.parametrize("room", [False, True], ids=["", "room"])
+def test_any_schedule_gives_the_reads_of_one_whole_scan(
+    ops: PagedOps, shape: MemoryShape, room: bool, seed: int
+) -> None:
     rng = random.Random(seed)
-    world = World(shape, block_size=rng.choice([4, 16]), num_blocks=64)
+    world = World(shape, block_size=rng.choice([4, 16]), num_blocks=64, room=room)
     free = list(range(64))
     rng.shuffle(free)
     lengths = [rng.randint(1, 40) for _ in range(4)]

@@ -69,7 +69,7 @@ def _forest(rng: random.Random, shape: MemoryShape, world: World, free: list[int
 @pytest.mark.parametrize("seed", range(4))
 def test_any_forest_of_requests_that_share_pages(ops: PagedOps, shape: MemoryShape, seed: int) -> None:
     rng = random.Random(seed)
-    world = World(shape, block_size=rng.choice([2, 4]), num_blocks=64)
+    world = World(shape, block_size=rng.choice([2, 4]), num_blocks=64, room=rng.random() < 0.5)
     free = list(range(64))
     rng.shuffle(free)
     nodes, bias = _forest(rng, shape, world, free)

@@ -1,0 +1,117 @@
+// From tensors to what a step's kernels take. Everything is checked, before anything changes.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "../cpu/plan.h"
+#include "cpu_checks.h"
+
+namespace deltamem_bindings {
+
+inline deltamem::Pages make_pages(const deltamem::Shape& shape, const Tensor& pages, int64_t block_size) {
+  check("pages", pages, ScalarType::Float, {-1, -1});
+  require(block_size >= 1, "block_size must be at least 1, got ", block_size);
+  const int64_t need = shape.state_floats() + block_size * shape.log_columns();
+  require(pages.stride(1) == 1 && pages.size(1) >= need && (pages.size(0) < 2 || pages.stride(0) >= need),
+          "pages: ", block_size, " tokens need ", need, " consecutive floats, got ", pages.size(1), " with strides ",
+          pages.stride(0), ", ", pages.stride(1));
+  return {static_cast<float*>(pages.data_ptr()), pages.stride(0), block_size, pages.size(1)};
+}
+
+inline deltamem::Dtype dtype_of(const Tensor& projected) {
+  switch (projected.scalar_type()) {
+    case ScalarType::Float: return deltamem::Dtype::f32;
+    case ScalarType::BFloat16: return deltamem::Dtype::bf16;
+    case ScalarType::Half: return deltamem::Dtype::f16;
+    default: throw std::runtime_error("projected: expected float32, bfloat16 or float16");
+  }
+}
+
+// On torch's own threads.
+inline void in_parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; slot++) body(context, slot);
+  });
+}
+
+inline void check_projected(const deltamem::Shape& shape, const Tensor& projected) {
+  check("projected", projected, projected.scalar_type(), {-1, shape.projected_columns()});
+  const bool overlap = projected.size(0) > 1 && projected.stride(0) < shape.projected_columns();
+  require(projected.size(0) == 0 || (projected.stride(1) == 1 && !overlap),
+          "projected: the columns of a row must be contiguous and rows must not overlap, got strides ",
+          projected.stride(0), ", ", projected.stride(1));
+}
+
+// Every index that the kernel will follow; throws before anything has changed.
+inline void check_requests(const deltamem::ScanArgs& args, int64_t tokens, int64_t num_blocks, int64_t table_width) {
+  for (int64_t i = 0; i < args.num_reqs; i++) {
+    const int64_t start = args.query_start_loc[i], stop = args.query_start_loc[i + 1];
+    if (stop <= start) continue;
+    const int64_t length = args.seq_lens[i], context = length - (stop - start), size = args.pages.block_size;
+    const int64_t last_page = (length - 1) / size;
+    require(start >= 0 && stop <= tokens && context >= 0 && last_page < table_width, "page_scan: request ", i,
+            " has rows ", start, " to ", stop, " of ", tokens, " and sequence length ", length,
+            "; its block table holds ", table_width, " blocks of ", size, " tokens");
+    const int32_t* blocks = args.block_table + i * args.table_stride;
+    const auto known = [&](int64_t block) {
+      require(block >= 0 && block < num_blocks, "page_scan: request ", i, " uses block ", block, ", but there are ",
+              num_blocks, " pages");
+    };
+    known(blocks[0]);
+    if (args.write_limit[blocks[0]] < 0) continue;
+    for (int64_t page = context > 0 ? (context - 1) / size : 0; page <= last_page; page++) known(blocks[page]);
+  }
+}
+
+// Which tokens of a step belong to which request, and which of them are written.
+struct StepBatch {
+  const Tensor &block_table, &query_start_loc, &seq_lens, &write_limit, &unwritten;
+  int64_t num_reqs;
+};
+
+// A step without its rows; tokens: as many as there will be.
+inline deltamem::ScanArgs scan_args(const deltamem::Shape&, const deltamem::Pages& pages, int64_t num_blocks,
+                                    const StepBatch& batch, int64_t tokens) {
+  const auto& [block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs] = batch;
+  check("block_table", block_table, ScalarType::Int, {-1, -1});
+  check("query_start_loc", query_start_loc, ScalarType::Int, {-1});
+  check("seq_lens", seq_lens, ScalarType::Int, {-1});
+  check("write_limit", write_limit, ScalarType::Int, {num_blocks});
+  check("unwritten", unwritten, ScalarType::Int, {num_blocks, (pages.block_size + 31) / 32});
+  require(query_start_loc.is_contiguous() && seq_lens.is_contiguous() && write_limit.is_contiguous() &&
+              unwritten.is_contiguous() && (block_table.stride(1) == 1 || block_table.size(1) < 2),
+          "page_scan: query_start_loc, seq_lens, write_limit, unwritten and the rows of block_table must be contiguous");
+  require(num_reqs >= 0 && query_start_loc.size(0) > num_reqs && seq_lens.size(0) >= num_reqs &&
+              block_table.size(0) >= num_reqs,
+          "page_scan: ", num_reqs, " requests, but query_start_loc has ", query_start_loc.size(0), " entries, seq_lens ",
+          seq_lens.size(0), " and block_table ", block_table.size(0), " rows");
+  const deltamem::ScanArgs args = {nullptr, 0, deltamem::Dtype::f32, nullptr, pages, data<int32_t>(block_table),
+                                   block_table.stride(0), data<int32_t>(query_start_loc), data<int32_t>(seq_lens),
+                                   data<int32_t>(write_limit), data<uint32_t>(unwritten), nullptr, 0, num_reqs};
+  check_requests(args, tokens, num_blocks, block_table.size(1));
+  return args;
+}
+
+// The rows of one layer: what it reads of a step, and where its reads go.
+inline void set_rows(const deltamem::Shape& shape, const Tensor& projected, const Tensor& bias, const Tensor& reads,
+                     deltamem::ScanArgs& args) {
+  args.dtype = dtype_of(projected);
+  check_projected(shape, projected);
+  check("bias", bias, ScalarType::Float, {shape.gate_columns()});
+  check("reads", reads, ScalarType::Float, {-1, shape.width()});
+  require(bias.is_contiguous() && reads.is_contiguous(), "page_scan: bias and reads must be contiguous");
+  require(reads.size(0) >= projected.size(0), "page_scan: reads has ", reads.size(0), " rows for ", projected.size(0),
+          " tokens");
+  args.projected = projected.data_ptr();
+  args.projected_stride = projected.stride(0);
+  args.bias = data<float>(bias);
+  args.reads = static_cast<float*>(reads.data_ptr());
+  args.num_rows = reads.size(0);
+}
+
+inline void run(const deltamem::Shape& shape, const deltamem::ScanArgs& args, const deltamem::Plan& plan, int64_t tokens) {
+  deltamem::kernels().page_scan(shape, args, plan, in_parallel,
+                                workspace(deltamem::workspace_floats(shape, plan, tokens)));
+}
+
+}  // namespace deltamem_bindings

@@ -1,0 +1,109 @@
+// A step of the engine, layer after layer. What all layers share (requests, indices, the cut over threads) is checked and
+// planned once, when the first layer runs; each of the others is then one call with its own rows. That is what a decode
+// step needs: between two layers a model's weights have gone through the caches, so that every line of a call's way is
+// fetched from memory again.
+//
+// The step belongs to the thread that runs it. It ends with its last layer, and the first layer of the next one replaces
+// whatever a step that failed has left; a layer out of its turn is refused.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "scan_args.h"
+
+namespace {
+
+using namespace deltamem_bindings;
+
+struct CurrentStep {
+  int64_t layers = 0, next = 0;  // next: the layer whose turn it is; 0: no step has begun
+  bool idle = false;             // no request, no page: reads are zero
+  deltamem::Shape shape;
+  deltamem::ScanArgs args;
+  deltamem::Plan plan;
+  int64_t tokens = 0;
+  std::vector<int64_t> addresses;
+  std::vector<int32_t> order;
+  std::vector<Tensor> held;  // what args point into, however long the caller keeps it
+
+  void done() { next = next + 1 < layers ? next + 1 : 0; }
+};
+thread_local CurrentStep current;
+
+void scan_first(const Tensor& projected, const Tensor& bias, const Tensor& addresses, int64_t page_stride,
+                int64_t num_blocks, int64_t page_width, const Tensor& block_table, const Tensor& query_start_loc,
+                const Tensor& seq_lens, const Tensor& write_limit, const Tensor& unwritten, const Tensor& reads,
+                int64_t block_size, int64_t num_reqs, int64_t packed_shape) {
+  CurrentStep& step = current;
+  step.next = 0;
+  step.shape = make_shape(packed_shape);
+  check("addresses", addresses, ScalarType::Long, {-1});
+  require(addresses.is_contiguous() && addresses.size(0) > 0, "addresses must be contiguous, and name a layer");
+  require(block_size >= 1 && page_stride >= page_width &&
+              page_width >= step.shape.state_floats() + block_size * step.shape.log_columns(),
+          "pages of ", page_width, " floats, ", page_stride, " apart, cannot hold ", block_size, " tokens");
+  const int64_t* first = data<int64_t>(addresses);
+  step.addresses.assign(first, first + addresses.size(0));
+  const deltamem::Pages pages = {reinterpret_cast<float*>(step.addresses[0]), page_stride, block_size, page_width};
+  step.tokens = projected.size(0);
+  step.args = scan_args(step.shape, pages, num_blocks, {block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs},
+                        step.tokens);
+  set_rows(step.shape, projected, bias, reads, step.args);
+  step.plan = deltamem::make_plan(step.shape, step.args, num_blocks, torch::stable::get_num_threads());
+  step.order.assign(step.plan.order, step.plan.order + num_reqs);
+  step.plan.order = step.order.data();
+  step.held = {block_table, query_start_loc, seq_lens, write_limit, unwritten};
+  run(step.shape, step.args, step.plan, step.tokens);
+  step.layers = addresses.size(0);
+  step.idle = false;
+  step.done();
+}
+
+void scan_nothing(int64_t layers) {
+  current.layers = layers;
+  current.idle = true;
+  current.next = 0;
+  current.done();
+}
+
+void scan_next(const Tensor& projected, const Tensor& bias, const Tensor& reads, int64_t layer) {
+  CurrentStep& step = current;
+  require(layer > 0 && layer == step.next, "scan_next: layer ", layer, ", but it is the turn of layer ", step.next,
+          " of ", step.layers, ": a layer was left out, or run twice");
+  if (step.idle) {
+    check("reads", reads, ScalarType::Float, {-1, -1});
+    require(reads.is_contiguous(), "scan_next: reads must be contiguous");
+    memset(reads.data_ptr(), 0, reads.size(0) * reads.size(1) * sizeof(float));
+    return step.done();
+  }
+  require(projected.size(0) == step.tokens, "scan_next: ", projected.size(0), " rows in a step of ", step.tokens, " tokens");
+  step.args.pages.data = reinterpret_cast<float*>(step.addresses[layer]);
+  set_rows(step.shape, projected, bias, reads, step.args);
+  run(step.shape, step.args, step.plan, step.tokens);
+  step.done();
+}
+
+void nothing(const Tensor&, const Tensor&, const Tensor&, int64_t) {}  // under tracing: reads have their shape already
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(deltamem_native, m) {
+  m.def(
+      "scan_first(Tensor projected, Tensor bias, Tensor addresses, int page_stride, int num_blocks, int page_width, "
+      "Tensor block_table, Tensor query_start_loc, Tensor seq_lens, Tensor write_limit, Tensor unwritten, "
+      "Tensor(a!) reads, int block_size, int num_reqs, int shape) -> ()");
+  m.def("scan_nothing(int layers) -> ()");
+  m.def("scan_next(Tensor projected, Tensor bias, Tensor(a!) reads, int layer) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CPU, m) {
+  m.impl("scan_first", TORCH_BOX(&scan_first));
+  m.impl("scan_next", TORCH_BOX(&scan_next));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deltamem_native, Meta, m) { m.impl("scan_next", TORCH_BOX(&nothing)); }
+
+STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CompositeExplicitAutograd, m) {
+  m.impl("scan_nothing", TORCH_BOX(&scan_nothing));
+}

@@ -1,0 +1,71 @@
+"""The layers of a worker as one row: a step begins with the first of them, and each of the others goes on from there.
+
+What a step's layers share (its requests, their blocks, how the work is cut over threads) is then looked up and checked
+once, in Python, and not once per layer: on a CPU that is most of what a layer of a decode step would cost. Only for
+kernels that can go on so (`deltamem_vllm.ops.native.NativeOps`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.ops.native import NativeOps
+from deltamem_vllm.ops.paged import Batch
+from deltamem_vllm.ops.pooled import Book
+
+if TYPE_CHECKING:
+    from deltamem_vllm.memory.pages import StatePages
+
+
+class Chain:
+    """The layers of one worker.
+
+    Args:
+        kernels: run all of them.
+    """
+
+    def __init__(self, kernels: NativeOps) -> None:
+        self._kernels = kernels
+        self._layers: list[StatePages] = []
+        self._book: Book | None = None
+
+    def join(self, layer: StatePages) -> int:
+        """Add a layer behind the others; returns its place, from 0."""
+        self._layers.append(layer)
+        return len(self._layers) - 1
+
+    def rebind(self) -> None:
+        """A layer's pages lie elsewhere now."""
+        self._book = None
+
+    def begin(self, projected: Tensor, bias: Tensor, batches: dict[str, Batch] | None, reads: Tensor) -> None:
+        """Run the first layer of a step; arguments as of `PagedOps.page_scan`.
+
+        Args:
+            batches: by layer, the step's; None: there is no request, and no page to be touched.
+        """
+        if batches is None:
+            self._kernels.scan_nothing(len(self._layers))
+            reads.zero_()
+            return
+        first = self._layers[0]
+        batch = batches[first.prefix]
+        if self._book is None:
+            self._book = self._bound(batches, batch)
+        self._kernels.scan_first(first.shape, projected, bias, self._book, batch, reads)
+
+    def _bound(self, batches: dict[str, Batch], batch: Batch) -> Book:
+        """The layers' pages, once vLLM has bound them.
+
+        Raises:
+            ConfigError: vLLM gives layers batches of their own.
+        """
+        if apart := [layer.prefix for layer in self._layers if batches[layer.prefix] is not batch]:
+            raise ConfigError(
+                f"{', '.join(apart)}: vLLM has put these layers into another KV-cache group than "
+                f"{self._layers[0].prefix}; serve with --deltamem-kernel torch, and report it"
+            )
+        return Book.of([layer.pages for layer in self._layers if layer.pages is not None], self._layers[0].tokens)

@@ -1,0 +1,161 @@
+"""A step that goes from layer to layer: the bits of layers that run by themselves, and no layer out of its turn."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.native import NativeOps
+from deltamem_vllm.ops.paged import Batch, PagedOps
+from deltamem_vllm.ops.pooled import Book
+from tests.ops.paging import FEW_SHAPES, World, int32, make_shape, name_of, random_inputs
+
+LAYERS, N = 3, 16
+TURN = "it is the turn of layer"
+
+
+pytestmark = pytest.mark.parametrize("ops", ["avx512", "avx2", "portable"], indirect=True)
+
+
+@pytest.fixture
+def native(ops: PagedOps) -> NativeOps:
+    assert isinstance(ops, NativeOps)
+    return ops
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two fp32 tensors are equal, NaN included."""
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+@dataclass
+class Stack:
+    """Layers with pages and inputs of their own, and one step for all of them: a prefill and a decode."""
+
+    shape: MemoryShape
+    room: bool = True
+
+    def __post_init__(self) -> None:
+        self.worlds = [World(self.shape, block_size=N, room=self.room) for _ in range(LAYERS)]
+        self.inputs = [random_inputs(self.shape, 20, seed=layer) for layer in range(LAYERS)]
+        for world, (_, _, state) in zip(self.worlds, self.inputs, strict=True):
+            world.seed(5, state)
+            world.seed(9, state * 2)
+        self.book = Book.of([world.pages for world in self.worlds], N)
+
+    def step(self, length: int, rows: int) -> Batch:
+        """Request 0 brings ``length - 1`` new tokens, request 1 one more behind its ``rows`` before."""
+        world = self.worlds[0]
+        return Batch(
+            int32([[5, 2], [9, 7]]), int32([0, length - 1, length]), int32([length - 1, rows + 1]), world.write_limit,
+            world.unwritten, N, 2,
+        )  # fmt: skip
+
+    def rows(self, layer: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        projected, bias, _ = self.inputs[layer]
+        return projected[:length], bias, torch.full((length, self.shape.width), float("nan"))
+
+
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=name_of)
+def test_the_bits_are_those_of_layers_by_themselves(native: NativeOps, shape: MemoryShape) -> None:
+    results = []
+    for chained in (False, True):
+        stack, reads = Stack(shape), []
+        for number, length in enumerate((20, 2, 3)):
+            batch = stack.step(length, number)
+            for layer in range(LAYERS):
+                projected, bias, out = stack.rows(layer, length)
+                if not chained:
+                    native.page_scan(shape, projected, bias, stack.worlds[layer].pages, batch, out)
+                elif layer == 0:
+                    native.scan_first(shape, projected, bias, stack.book, batch, out)
+                else:
+                    native.scan_next(projected, bias, out, layer)
+                reads.append(out)
+        results.append((torch.cat(reads), *(world.whole for world in stack.worlds)))
+    assert results[1][0].isfinite().all()
+    for one, other in zip(*results, strict=True):
+        assert same_bits(one, other)
+
+
+def test_a_step_without_requests_reads_zero(native: NativeOps) -> None:
+    stack = Stack(make_shape(8))
+    before = [world.whole.clone() for world in stack.worlds]
+    native.scan_nothing(LAYERS)
+    for layer in range(1, LAYERS):
+        projected, bias, out = stack.rows(layer, 4)
+        native.scan_next(projected, bias, out, layer)
+        assert (out == 0).all()
+    for world, old in zip(stack.worlds, before, strict=True):
+        assert same_bits(world.whole, old)
+
+
+def test_a_layer_out_of_its_turn_is_refused(native: NativeOps) -> None:
+    stack = Stack(make_shape(8))
+
+    def run(layer: int) -> None:
+        projected, bias, out = stack.rows(layer, 4)
+        if layer:
+            native.scan_next(projected, bias, out, layer)
+        else:
+            native.scan_first(stack.shape, projected, bias, stack.book, stack.step(4, 0), out)
+
+    for order, turn in (([0, 2], 1), ([0, 1, 1], 2), ([0, 1, 2, 1], 0), ([0, 1, 2, 3], 0)):
+        *good, bad = order
+        for layer in good:
+            run(layer)
+        projected, bias, out = stack.rows(bad % LAYERS, 4)
+        before = [world.whole.clone() for world in stack.worlds]
+        with pytest.raises(RuntimeError, match=f"layer {bad}, but {TURN} {turn}"):
+            native.scan_next(projected, bias, out, bad)
+        assert out.isnan().all()
+        for world, old in zip(stack.worlds, before, strict=True):
+            assert same_bits(world.whole, old)
+        for layer in range(LAYERS):  # a step that failed leaves nothing to the next
+            run(layer)
+
+
+def test_a_step_is_its_threads_own(native: NativeOps) -> None:
+    stack, errors = Stack(make_shape(8)), list[str]()
+    native.scan_nothing(LAYERS)
+
+    def elsewhere() -> None:
+        try:
+            native.scan_next(*stack.rows(1, 4), 1)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
+    assert TURN in errors[0]
+    native.scan_next(*stack.rows(1, 4), 1)
+    native.scan_next(*stack.rows(2, 4), 2)
+
+
+def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
+    stack = Stack(make_shape(8))
+    shape, batch = stack.shape, stack.step(4, 0)
+    projected, bias, out = stack.rows(0, 4)
+    garbage = batch._replace(block_table=int32([[5, 2], [99, 7]]))
+    with pytest.raises(RuntimeError, match="request 1 uses block 99"):
+        native.scan_first(shape, projected, bias, stack.book, garbage, out)
+    with pytest.raises(RuntimeError, match=f"{TURN} 0"):
+        native.scan_next(*stack.rows(1, 4), 1)
+    with pytest.raises(RuntimeError, match="cannot hold 64 tokens"):
+        native.scan_first(shape, projected, bias, stack.book, batch._replace(block_size=4 * N), out)
+    native.scan_first(shape, projected, bias, stack.book, batch, out)
+    with pytest.raises(RuntimeError, match="3 rows in a step of 4 tokens"):
+        native.scan_next(*stack.rows(1, 3), 1)
+    projected, bias, out = stack.rows(1, 4)
+    with pytest.raises(RuntimeError, match="reads"):
+        native.scan_next(projected, bias, out[:3], 1)
+    with pytest.raises(RuntimeError, match="bias"):
+        native.scan_next(projected, bias[:1], out, 1)
+    native.scan_next(projected, bias, out, 1)
