@@ -30,7 +30,7 @@ def draw(results: Results, path: Path, caption: str) -> None:
 
 
 def _overhead(axis: Axes, rows: list[dict[str, Any]]) -> None:
-    arms = [name for name in rows[0] if name.endswith(" %")]
+    arms = list(dict.fromkeys(name for row in rows for name in row if name.endswith(" %")))
     width = 0.8 / len(arms)
     for number, arm in enumerate(arms):
         places = [index + number * width for index in range(len(rows))]

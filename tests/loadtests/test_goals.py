@@ -9,6 +9,7 @@ import pytest
 
 from loadtests import goals, hooks, plot, sessions
 from loadtests.__main__ import PARTS, markdown
+from loadtests.overhead import SHARE
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "operators": [
@@ -22,8 +23,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"name": "verified cold restores, 2 threads", "value": 10.0, "unit": "/s", "goal": ">= 20000"},
     ],
     "overhead": [
-        {"what": what, "vanilla ms": 50.0, "memory %": 1.25, "lora / memory": 1.15}
-        for what in ("TPOT, B=1", "TPOT, B=8", "TTFT, 128 tokens", "TTFT, 2048 tokens")
+        *({"what": what, "vanilla ms": 50.0, "memory %": 1.25, "vanilla again %": 0.1}
+          for what in ("TPOT, B=1", "TPOT, B=8", "TTFT, 128 tokens", "TTFT, 2048 tokens")),
+        *({"what": f"TPOT, B={batch}, {SHARE} layers", "vanilla ms": 50.0, "memory %": 9.0, "lora / memory": 1.15}
+          for batch in (1, 8)),
     ],
     "history": [{"turn": 10, "full ms": 5.0, "elide ms": 4.0}, {"turn": 20, "full ms": 9.0, "elide ms": 4.0}],
 }  # fmt: skip
