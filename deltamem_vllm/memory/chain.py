@@ -37,6 +37,18 @@ class Chain:
         self._layers.append(layer)
         return len(self._layers) - 1
 
+    def check_group(self, names: list[str]) -> None:
+        """Refuse a group of layers that is not the whole chain: its layers share a step's batch.
+
+        Raises:
+            ConfigError: vLLM has put some of them elsewhere.
+        """
+        if apart := [layer.prefix for layer in self._layers if layer.prefix not in names]:
+            raise ConfigError(
+                f"{', '.join(apart)}: vLLM has put these layers into another KV-cache group than {names[0]}: serve "
+                "with --deltamem-kernel torch, and report it"
+            )
+
     def rebind(self) -> None:
         """A layer's pages lie elsewhere now."""
         self._book = None
@@ -52,20 +64,6 @@ class Chain:
             reads.zero_()
             return
         first = self._layers[0]
-        batch = batches[first.prefix]
         if self._book is None:
-            self._book = self._bound(batches, batch)
-        self._kernels.scan_first(first.shape, projected, bias, self._book, batch, reads)
-
-    def _bound(self, batches: dict[str, Batch], batch: Batch) -> Book:
-        """The layers' pages, once vLLM has bound them.
-
-        Raises:
-            ConfigError: vLLM gives layers batches of their own.
-        """
-        if apart := [layer.prefix for layer in self._layers if batches[layer.prefix] is not batch]:
-            raise ConfigError(
-                f"{', '.join(apart)}: vLLM has put these layers into another KV-cache group than "
-                f"{self._layers[0].prefix}; serve with --deltamem-kernel torch, and report it"
-            )
-        return Book.of([layer.pages for layer in self._layers if layer.pages is not None], self._layers[0].tokens)
+            self._book = Book.of([layer.pages for layer in self._layers if layer.pages is not None], first.tokens)
+        self._kernels.scan_first(first.shape, projected, bias, self._book, batches[first.prefix], reads)

@@ -46,6 +46,8 @@ class PageMetadataBuilder(AttentionMetadataBuilder[Batch]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # All layers of a group have pages of one size and the worker's one pair of masks.
         self._pages: StatePages = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        if self._pages.chain is not None:
+            self._pages.chain.check_group(layer_names)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
