@@ -56,6 +56,11 @@ def _added(what: str, accept: float, row: str) -> Goal:
     )
 
 
+def _elided(tokens: int, accept: float) -> Goal:
+    what = f"time to the first token, {tokens:,} tokens elided, to full replay"
+    return Goal(what, "", accept, value("long history", "elide / full", history=tokens))
+
+
 GOALS = (
     _added("time per token, 1 request", 1.3, "TPOT, B=1"),
     _added("time per token, 8 requests", 0.7, "TPOT, B=8"),
@@ -63,6 +68,8 @@ GOALS = (
     _added("time to the first token, 2,048", 1.2, "TTFT, 2048 tokens"),
     Goal("LoRA's time per token to ours, 1", "", 1.2, value("overhead", "lora / memory", what="TPOT, B=1"), True),
     Goal("LoRA's time per token to ours, 8", "", 1.1, value("overhead", "lora / memory", what="TPOT, B=8"), True),
+    _elided(8192, 0.2),
+    _elided(32768, 0.05),
     Goal("scan, rank 8", "ns per token and layer", 25, _scan(8)),
     Goal("scan, rank 16", "ns per token and layer", 40, _scan(16)),
     Goal("warm load", "µs", 100, value("sessions", "value", name="warm load: both")),
