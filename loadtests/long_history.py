@@ -122,7 +122,6 @@ def measure(turns: int = 9, histories: Sequence[int] = HISTORIES) -> list[dict[s
                     "elided": last[FIELD],
                     **{f"{arm} ms": took for arm, took in ms.items()},
                     "elide / full": ms[ELIDE] / ms[FULL],
-                    "new turn only / full": ms[NEW] / ms[FULL],
                 }
             )
     return rows
