@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from loadtests import elision, goals, hooks, kernels, overhead, plot, sessions
+from loadtests import elision, goals, hooks, kernels, long_history, overhead, plot, sessions
 
 Rows = list[dict[str, Any]]
 PARTS: dict[str, tuple[str, Callable[[], Rows]]] = {
@@ -23,6 +23,7 @@ PARTS: dict[str, tuple[str, Callable[[], Rows]]] = {
     "sessions": ("sessions: commits, restores, warm loads", sessions.rows),
     "hooks": ("engine hooks, µs", hooks.measure),
     "history": ("a resent history, left out, or not sent: ms to the first token", elision.by_length),
+    "long history": ("a turn behind a long history: ms to the first token", long_history.measure),
     "overhead": ("what the memory adds to vLLM", overhead.run),
 }
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 from rich.console import Console
@@ -45,27 +45,56 @@ def talk() -> Iterator[tuple[str, str]]:
             yield user["content"], reply["content"]
 
 
+class Answer(NamedTuple):
+    """A streamed answer.
+
+    Attributes:
+        seconds: to its first token.
+        usage: what it says of its tokens.
+    """
+
+    seconds: float
+    text: str
+    usage: dict[str, Any]
+
+
 class Server:
     """Asks the server."""
 
     def __init__(self, url: str) -> None:
         self.http = httpx.Client(base_url=url, timeout=300)
 
-    def first_token(self, messages: Messages, session: str, history: str) -> tuple[float, str]:
-        """Seconds to the first token of a streamed answer, and the answer."""
+    def first_token(self, messages: Messages, session: str, history: str) -> Answer:
+        """A streamed answer, timed."""
         body = {"model": "recall", "messages": messages, "max_tokens": 8, "temperature": 0, "stream": True}
+        body["stream_options"] = {"include_usage": True}
         headers = {"X-Session-ID": session, "X-DeltaMem-History": history, "X-DeltaMem-Write": "all"}
-        begun, first, text = time.perf_counter(), 0.0, ""
+        begun, first, text, usage = time.perf_counter(), 0.0, "", dict[str, Any]()
         with self.http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
             response.raise_for_status()
             for line in response.iter_lines():
                 if not line.startswith("data: {"):
                     continue
-                delta = json.loads(line[6:])["choices"][0]["delta"]
-                if delta.get("content"):
+                chunk = json.loads(line[6:])
+                usage = chunk.get("usage") or usage
+                said = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+                if said:
                     first = first or time.perf_counter() - begun
-                    text += delta["content"]
-        return first or time.perf_counter() - begun, text
+                    text += said
+        return Answer(first or time.perf_counter() - begun, text, usage)
+
+    def count(self, messages: Messages, answered: bool = False) -> int:
+        """Tokens of a conversation's prompt; ``answered``: of the conversation, with no answer begun."""
+        body = {"model": "recall", "messages": messages, "add_generation_prompt": not answered}
+        response = self.http.post("/tokenize", json=body)
+        response.raise_for_status()
+        return int(response.json()["count"])
+
+    def version(self, session: str) -> int:
+        """A session's."""
+        response = self.http.get(f"/v1/sessions/{session}")
+        response.raise_for_status()
+        return int(response.json()["version"])
 
     def answer(self, messages: Messages, **headers: str) -> str:
         """A whole answer."""
@@ -88,9 +117,9 @@ def speed(server: Server, turns: int) -> dict[str, list[float]]:
             history.append({"role": "user", "content": user})
             time.sleep(PAUSE)
             policy = "elide" if arm == "elide" else "full"
-            spent, text = server.first_token(history, f"speed-{arm.replace(' ', '-')}", policy)
-            history.append({"role": "assistant", "content": text})
-            seconds[arm].append(spent)
+            answer = server.first_token(history, f"speed-{arm.replace(' ', '-')}", policy)
+            history.append({"role": "assistant", "content": answer.text})
+            seconds[arm].append(answer.seconds)
     return seconds
 
 
@@ -129,13 +158,12 @@ def recall(server: Server, sessions: list[Session], keep: int, memory: bool) -> 
 
 
 @contextlib.contextmanager
-def serving(turns: int) -> Iterator[Server]:
-    """The recall model with room for so many turns. Beyond its own 1,024 tokens its answers are worth nothing; with
+def serving(tokens: int) -> Iterator[Server]:
+    """The recall model with room for so many tokens. Beyond its own 1,024 its answers are worth nothing; with
     positions for them, their time is."""
-    longer = 64 + 32 * turns
-    positions = json.dumps({"max_position_embeddings": max(longer, 1024)})
+    positions = json.dumps({"max_position_embeddings": max(tokens, 1024)})
     arguments = ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--no-enable-prefix-caching"]
-    arguments += ["--served-model-name", "recall", "--max-model-len", str(longer), "--hf-overrides", positions]
+    arguments += ["--served-model-name", "recall", "--max-model-len", str(tokens), "--hf-overrides", positions]
     with tempfile.TemporaryDirectory() as folder:
         store = f"sqlite:///{folder}/sessions.db"
         with VllmServer(MODEL_DIR, ADAPTER_DIR, store, *arguments) as running:
@@ -143,9 +171,14 @@ def serving(turns: int) -> Iterator[Server]:
             yield Server(running.base_url)
 
 
+def room(turns: int) -> int:
+    """Tokens that so many turns come to, at most."""
+    return 64 + 32 * turns
+
+
 def by_length(turns: int = 100, places: int = 5) -> list[dict[str, Any]]:
     """Milliseconds to the first token at some places of a conversation, by arm: medians of `LAST` turns before them."""
-    with serving(turns) as server:
+    with serving(room(turns)) as server:
         seconds = speed(server, turns)
     rows = []
     for place in range(1, places + 1):
@@ -162,7 +195,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=32)
     given = parser.parse_args()
     console = Console()
-    with serving(given.turns) as server:
+    with serving(room(given.turns)) as server:
         early = max(LAST, given.turns // 10)
         table = Table(title=f"time to the first token, median of {LAST} turns, ms")
         for column in ("history", f"turn {early}", f"turn {given.turns}", "ratio"):

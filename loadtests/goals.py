@@ -62,6 +62,11 @@ def _lora(what: str, accept: float, row: str) -> Goal:
     return Goal(what, "", accept, value("overhead", "lora / memory", what=f"{row}, {SHARE} layers"), True)
 
 
+def _elided(tokens: int, accept: float) -> Goal:
+    what = f"time to the first token, {tokens:,} tokens elided, to full replay"
+    return Goal(what, "", accept, value("long history", "elide / full", history=tokens))
+
+
 GOALS = (
     _added("time per token, 1 request", 1.3, "TPOT, B=1"),
     _added("time per token, 8 requests", 0.7, "TPOT, B=8"),
@@ -69,6 +74,8 @@ GOALS = (
     _added("time to the first token, 2,048", 1.2, "TTFT, 2048 tokens"),
     _lora("LoRA's time per token to ours, 1", 1.2, "TPOT, B=1"),
     _lora("LoRA's time per token to ours, 8", 1.1, "TPOT, B=8"),
+    _elided(8192, 0.2),
+    _elided(32768, 0.05),
     Goal("scan, rank 8", "ns per token and layer", 25, _scan(8)),
     Goal("scan, rank 16", "ns per token and layer", 40, _scan(16)),
     Goal("warm load", "µs", 100, value("sessions", "value", name="warm load: both")),

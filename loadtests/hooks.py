@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from vllm.v1.request import RequestStatus
@@ -37,16 +38,20 @@ def output(new: list[Any], running: list[str]) -> Any:
 
 
 class Engine:
-    """The scheduling thread's view of one engine."""
+    """The scheduling thread's view of one engine.
 
-    def __init__(self, folder: str) -> None:
+    Args:
+        folder: for its socket.
+        slots: size of the session pool.
+        options: further ones of `SessionService`.
+    """
+
+    def __init__(self, folder: str, slots: int = 1024, **options: Any) -> None:
         address = f"ipc://{folder}/engine"
-        self.service = SessionService(
-            store_url="memory://", layout="L36H1r8", adapter="a", model="m", state_shape=SHAPE, queue_depth=8,
-            queue_seconds=30.0, secret=bytes(32),
-        )  # fmt: skip
+        settings = {"store_url": "memory://", "queue_depth": 8, "queue_seconds": 30.0, "secret": bytes(32), **options}
+        self.service = SessionService(layout="L36H1r8", adapter="a", model="m", state_shape=SHAPE, **settings)
         self.service.start(lambda service: serve(service, address))
-        self.side = SchedulerSide(self.service, 0, BLOCK, SHAPE, slots=1024)
+        self.side = SchedulerSide(self.service, 0, BLOCK, SHAPE, slots=slots)
         self.client = BlockingControlClient(address)
         self.spent: dict[str, list[float]] = {
             "arrive": [],
@@ -81,11 +86,12 @@ class Engine:
         self.timed("first step", self.side.plan_step, output([new], []))
         return request
 
-    def end(self, request: Any) -> None:
-        """The turn ends; its state comes back from the worker; the commit becomes durable."""
+    def end(self, request: Any, state: NDArray[np.float32] | None = None) -> None:
+        """The turn ends; its state comes back from the worker (None: a random one); the commit becomes durable."""
         self.timed("finish", self.side.finish, request, list(range(-(-request.num_tokens // BLOCK))))
         self.side.plan_step(output([], []))
-        state = np.random.default_rng().normal(size=SHAPE).astype(np.float32)
+        if state is None:
+            state = np.random.default_rng().normal(size=SHAPE).astype(np.float32)
         answer = Answer({request.request_id: [(tuple(range(SHAPE[0])), state.tobytes())]})
         self.timed("state", self.side.receive, answer)
         result = self.client.ask("outcome", ticket=request.request_id)

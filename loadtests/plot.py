@@ -60,4 +60,13 @@ def _history(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=7)
 
 
-PANELS = {"overhead": _overhead, "operators": _operators, "history": _history}
+def _long_history(axis: Axes, rows: list[dict[str, Any]]) -> None:
+    tokens = [row["history"] for row in rows]
+    for arm in (name for name in rows[0] if name.endswith(" ms")):
+        axis.plot(tokens, [row[arm] for row in rows], marker="o", label=arm.removesuffix(" ms"))
+    axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
+    axis.set(title="time to the first token of a turn", xlabel="tokens of history", ylabel="ms", yscale="log")
+    axis.legend(fontsize=7)
+
+
+PANELS = {"overhead": _overhead, "operators": _operators, "history": _history, "long history": _long_history}

@@ -9,13 +9,16 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamem_vllm import metrics
-from deltamem_vllm.adapter.weights import Adapter
 from deltamem_vllm.sessions.meters import Meters, Sample, gauge
+
+if TYPE_CHECKING:  # a session service needs no torch
+    from deltamem_vllm.adapter.weights import Adapter
 
 logger = logging.getLogger("vllm.deltamem")
 
@@ -151,7 +154,7 @@ class Quality:
         self._averages[metric] = known + np.float32(WEIGHT) * (values - known)
 
 
-def corrections_of(adapter: Adapter) -> Corrections | None:
+def corrections_of(adapter: "Adapter") -> Corrections | None:
     """An adapter's; None where it does not correct the attention output."""
     grams, norms, width = [], [], 0
     for _, layer in sorted(adapter.layers.items()):

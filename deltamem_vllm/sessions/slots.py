@@ -9,12 +9,18 @@ Several owners may share a slot, because equal states have equal digests. A slot
 last owner goes. What a slot was given out for is told by its generation, which rises with every change of content and
 is never used for two slots: an order that carries another one is refused by the worker, so that a mistake can never
 show a foreign state.
+
+A state that very many sessions have, because they begin with the same words, stays in use, is never evicted and would
+collect owners for as long as the server lives. So of each state only the latest owners are known. Should all of these
+go before an older one does, it costs that one a copy.
 """
 
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import NamedTuple
 
+MAX_OWNERS = 64
+"""Owners of one state that are known."""
 Owner = Hashable
 """A session's key, or a request's id where a deleted session's request still needs a state."""
 
@@ -43,7 +49,7 @@ class SlotTable:
         self._generations = [0] * slots
         self._changes = 0
         self._slots: OrderedDict[str, int] = OrderedDict()
-        self._owners: dict[str, set[Owner]] = {}
+        self._owners: dict[str, dict[Owner, None]] = {}  # the latest one last
         self._names: dict[Owner, set[str]] = {}
 
     def __len__(self) -> int:
@@ -51,7 +57,7 @@ class SlotTable:
 
     @property
     def owners(self) -> int:
-        """How many own a state that is in a slot."""
+        """How many own a state that is in a slot, of each state up to `MAX_OWNERS`."""
         return len(self._names)
 
     def find(self, digest: str, owner: Owner) -> Place | None:
@@ -87,7 +93,7 @@ class SlotTable:
         """
         if name not in self._slots:  # evicted, or freed with its owner, meanwhile
             return None
-        owners = set(self._owners[name])
+        owners = list(self._owners[name])
         if digest in self._slots:
             freed = self.drop(name)
             for owner in owners:
@@ -111,23 +117,32 @@ class SlotTable:
         """An owner goes: returns the slots that nobody owns any more, to be zeroed."""
         freed = []
         for name in self._names.pop(owner, ()):
-            self._owners[name].discard(owner)
+            del self._owners[name][owner]
             if not self._owners[name] and (place := self.drop(name)) is not None:
                 freed.append(place)
         return freed
 
     def _own(self, name: str, owner: Owner) -> None:
-        self._owners.setdefault(name, set()).add(owner)
+        owners = self._owners.setdefault(name, {})
+        owners.pop(owner, None)
+        owners[owner] = None
         self._names.setdefault(owner, set()).add(name)
+        if len(owners) > MAX_OWNERS:
+            first = next(iter(owners))
+            del owners[first]
+            self._disown(name, first)
 
     def _forget(self, name: str) -> int:
         """Take a name out, with its owners; returns its slot."""
         for owner in self._owners.pop(name):
-            if (names := self._names.get(owner)) is not None:
-                names.discard(name)
-                if not names:
-                    del self._names[owner]
+            self._disown(name, owner)
         return self._slots.pop(name)
+
+    def _disown(self, name: str, owner: Owner) -> None:
+        if (names := self._names.get(owner)) is not None:
+            names.discard(name)
+            if not names:
+                del self._names[owner]
 
     def _changed(self, slot: int) -> Place:
         self._changes += 1

@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
                        "lease": float, "seconds": float, "rate": float, "warm": float}.items():  # fmt: skip
         of = [c for c, (size, _) in CAMPAIGNS.items() if name in {field.name for field in dataclasses.fields(size)}]
         parser.add_argument(f"--{name}", type=kind, help=f"of {', '.join(of)}")
+    parser.add_argument("--alone", action="store_true", help="of soak: vLLM without a memory")
     given = parser.parse_args(arguments)
     report, wrong = CAMPAIGNS[given.campaign][1](given)
     given.out.mkdir(parents=True, exist_ok=True)

@@ -29,9 +29,12 @@ APART = 100
 Memories = Mapping[Script, Sequence[NDArray[np.float32]]]
 
 
-def replica(store_url: str, log: Path, *flags: str, env: Mapping[str, str] | None = None) -> VllmServer:
-    """A server of the bundled recall model, not started yet."""
-    return VllmServer(MODEL_DIR, ADAPTER_DIR, store_url, *SMALL, *FLAGS, *ONE_WORKER, *flags, env=env, log=log)
+def replica(
+    store_url: str, log: Path, *flags: str, env: Mapping[str, str] | None = None, alone: bool = False
+) -> VllmServer:
+    """A server of the bundled recall model, not started yet; ``alone``: without a memory."""
+    adapter = None if alone else ADAPTER_DIR
+    return VllmServer(MODEL_DIR, adapter, store_url, *SMALL, *FLAGS, *ONE_WORKER, *flags, env=env, log=log)
 
 
 @dataclass

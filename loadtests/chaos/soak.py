@@ -2,7 +2,8 @@
 
 New sessions, turns of old ones, readers and deletions, as fast as the server answers. Its host memory for sessions and
 its KV cache (whose pages become resident when a block is used for the first time) are so small that they are full
-within the warm-up; what grows after that grows for ever.
+within the warm-up; what grows after that grows for ever. ``--alone`` sends the same completions to vLLM without a
+memory: what grows there as well is not ours.
 """
 
 import asyncio
@@ -30,12 +31,14 @@ class Size:
     Attributes:
         seconds: in all; the first ``warm`` of them are not looked at.
         grows: MiB and descriptors by which the fitted line may rise over the rest of the time.
+        alone: vLLM without a memory; what only sessions have (readers, look-ups, deletions) is left out.
     """
 
     seconds: float = 600.0
     warm: float = 200.0
     workers: int = 8
     grows: tuple[float, float] = (16.0, 4.0)
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Report:
         """The figures, by what they are of."""
         first, last = self.after[0], self.after[-1]
         return {
+            "server": "vLLM alone" if self.size.alone else "vLLM with a memory",
             "warm-up, then": f"{self.size.warm:g} s, {last.at - first.at:.0f} s",
             "requests, in the time after the warm-up": f"{last.answers - first.answers:,}",
             "resident memory, MiB, first and last": f"{first.rss:.1f}, {last.rss:.1f}",
@@ -110,7 +114,8 @@ async def campaign(cluster: Cluster, size: Size) -> Report:
 
     async def ask(method: str, path: str, session: str, **more: Any) -> None:
         nonlocal answers
-        headers = {"X-Session-ID": session, **more.pop("headers", {})} if method == "POST" else {}
+        ours = method == "POST" and not size.alone
+        headers = {"X-Session-ID": session, **more.pop("headers", {})} if ours else {}
         async with door.http.request(method, f"{url}{path}", headers=headers, timeout=TIMEOUT, **more) as response:
             text = await response.text()
             if response.status not in (200, 404):
@@ -124,6 +129,8 @@ async def campaign(cluster: Cluster, size: Size) -> Report:
             number += 1
             for turn in range(1, rng.randint(1, 4) + 1):
                 await ask("POST", "/v1/completions", session, json=script.body(turn, door.model))
+            if size.alone:
+                continue
             old = f"soak-{worker}-{rng.randrange(number)}"
             mode = {"X-DeltaMem-Mode": "read"}
             await ask("POST", "/v1/completions", old, json=script.body(1, door.model), headers=mode)
@@ -151,5 +158,6 @@ def run(size: Size, folder: Path) -> Report:
         async with talking(servers, place) as cluster:
             return await campaign(cluster, size)
 
-    with serving([place], "--deltamem-host-bytes", HOST, "--num-gpu-blocks-override", BLOCKS) as servers:
+    ours = () if size.alone else ("--deltamem-host-bytes", HOST)
+    with serving([place], "--num-gpu-blocks-override", BLOCKS, *ours, alone=size.alone) as servers:
         return asyncio.run(inner())

@@ -5,7 +5,6 @@ Time runs faster for rules (`tests.deploy.prometheus`); other thresholds are as 
 cannot grow, a paused and a killed engine, a bad adapter. Two alerts that only a bug can cause have one planted.
 """
 
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deploy.grafana.generate import DASHBOARDS
+from tests.conftest import NIGHTLY
 from tests.deploy.bad_adapter import write_bad_adapter
 from tests.deploy.campaign import Campaign
 from tests.deploy.causes import CAUSES, OF_A_BAD_ADAPTER, OF_THE_OTHER, QUICK, Cause, no_cause
@@ -22,7 +22,6 @@ from tests.deploy.prometheus import alerts
 from tests.deploy.test_observing import shipped
 from tests.server.conftest import ADAPTER
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 PLANTED = """
 groups:
   - name: planted

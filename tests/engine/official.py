@@ -16,7 +16,9 @@ from tests.engine.measured import note
 from tests.tolerances import ENGINE_LOGPROB, ENGINE_STATE
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CASES = ("qwen3_tsw_r8", "qwen3_msw_r8h4", "smollm3_tsw_r8")
+STANDING = "qwen3_tsw_r8"
+"""What the `standing` engine serves."""
+CASES = (STANDING, "qwen3_msw_r8h4", "smollm3_tsw_r8")
 FEWEST = 15
 """Of the 20 reported tokens per position, so many must be in the fixture's 20: the last ones may be ties."""
 

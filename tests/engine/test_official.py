@@ -7,13 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests.engine.engine import Engine, Setup
-from tests.engine.official import CASES, Case, case
+from tests.engine.official import CASES, STANDING, Case, case
 from tests.engine.runs import RUNS
 
 
 @pytest.fixture(scope="module", params=CASES)
 def official(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Case]]:
     expected = case(request.param)
+    if request.param == STANDING:
+        yield request.getfixturevalue("standing"), expected
+        return
     with Engine(Setup(expected.model, expected.adapter), request.param) as engine:
         yield engine, expected
 

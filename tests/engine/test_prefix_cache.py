@@ -9,15 +9,13 @@ import pytest
 
 from tests.engine.asking import Ask
 from tests.engine.engine import Engine, Setup
-from tests.engine.official import Case, WrongAnswer, case, check_reply
+from tests.engine.official import STANDING, Case, WrongAnswer, case, check_reply
 from tests.engine.runs import answer, check_turn_state, fresh, with_first_turn
 
 
-@pytest.fixture(scope="module")
-def cached() -> Iterator[tuple[Engine, Case]]:
-    expected = case("qwen3_tsw_r8")
-    with Engine(Setup(expected.model, expected.adapter), "prefix cache") as engine:
-        yield engine, expected
+@pytest.fixture
+def cached(standing: Engine) -> tuple[Engine, Case]:
+    return standing, case(STANDING)
 
 
 def test_the_next_turn_of_a_window_hits(cached: tuple[Engine, Case]) -> None:

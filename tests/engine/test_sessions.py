@@ -40,15 +40,22 @@ def talk(engine: Engine, expected: Case, *, together: bool) -> Talk:
 
 
 @pytest.fixture(scope="module")
-def talks() -> dict[tuple[int, bool], Talk]:
+def engine() -> Iterator[Engine]:
+    """With one slot for all sessions."""
+    expected = case(NAME)
+    with Engine(Setup(expected.model, expected.adapter, slots=1), "1 slot") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def talks(standing: Engine, engine: Engine) -> dict[tuple[int, bool], Talk]:
     """By size of the pool, and whether the sessions of a round ran together."""
     expected = case(NAME)
-    found = {}
-    for slots in (64, 1):
-        with Engine(Setup(expected.model, expected.adapter, slots=slots), f"{slots} slots") as engine:
-            for together in (False, True):
-                found[slots, together] = talk(engine, expected, together=together)
-    return found
+    return {
+        (each.setup.slots, together): talk(each, expected, together=together)
+        for each in (standing, engine)
+        for together in (False, True)
+    }
 
 
 def test_a_pool_of_one_slot_gives_the_same_bits(talks: dict[tuple[int, bool], Talk]) -> None:
@@ -61,13 +68,6 @@ def test_a_pool_of_one_slot_serves_a_batch_of_many_sessions(talks: dict[tuple[in
         assert mine.tokens == alone.tokens
         assert mine.status == alone.status
         note("batch", worst("batch", mine.logprobs, alone.logprobs))
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    expected = case(NAME)
-    with Engine(Setup(expected.model, expected.adapter, slots=2), "sessions") as engine:
-        yield engine
 
 
 def test_a_deleted_session_starts_from_the_empty_memory(engine: Engine) -> None:

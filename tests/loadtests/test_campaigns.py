@@ -23,9 +23,9 @@ from loadtests.chaos.scripts import Script
 from loadtests.slo import summary, trace
 from loadtests.slo.__main__ import main as slo
 from loadtests.slo.arms import MEMORY, Arm
+from tests.conftest import NIGHTLY
 from tests.store import services
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 RESUME, RECOVERY = 2.0, 5.0
 """Seconds: from a kill until another replica answers, from a store's return until everything is in it."""
 pytestmark = pytest.mark.timeout(3600 if NIGHTLY else 300)

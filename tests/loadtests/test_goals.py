@@ -29,6 +29,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
           for batch in (1, 8)),
     ],
     "history": [{"turn": 10, "full ms": 5.0, "elide ms": 4.0}, {"turn": 20, "full ms": 9.0, "elide ms": 4.0}],
+    "long history": [
+        {"history": tokens, "full ms": full, "elide ms": 80.0, "elide / full": 80.0 / full}
+        for tokens, full in ((8192, 1000.0), (32768, 1500.0))
+    ],
 }  # fmt: skip
 
 
@@ -45,6 +49,8 @@ def test_every_goal_finds_its_figure() -> None:
         ("time per token, 8 requests", "FAIL"),
         ("LoRA's time per token to ours, 1", "FAIL"),
         ("LoRA's time per token to ours, 8", "pass"),
+        ("time to the first token, 8,192 tokens elided, to full replay", "pass"),
+        ("time to the first token, 32,768 tokens elided, to full replay", "FAIL"),
         ("scan, rank 8", "FAIL"),
         ("durable commits, grouped", "pass"),
         ("verified cold restores", "FAIL"),

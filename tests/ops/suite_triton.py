@@ -17,6 +17,7 @@ from deltamem_vllm.ops.paged import PagedOps
 from deltamem_vllm.ops.pooled import PoolOps
 from deltamem_vllm.ops.triton_ops import TritonOps
 from loadtests.gpu.triton_in_chunks import TritonInChunks
+from tests.conftest import NIGHTLY
 from tests.ops import test_paged as paged
 from tests.ops import test_pooled as pooled
 from tests.ops import test_refusals as refusals
@@ -192,7 +193,11 @@ def test_pages_filled_and_hit_in_the_same_step(ops: PagedOps, order: list[int]) 
     paged.test_pages_filled_and_hit_in_the_same_step(ops, PLAIN, order)
 
 
-@pytest.mark.parametrize(("seed", "shape"), [(0, PLAIN), (1, PLAIN), (2, PLAIN), (3, FEW_SHAPES[3])])
+#: Two forests by day, two more, of which one takes as long as a dozen other tests, at night.
+FORESTS = [(1, PLAIN), (2, PLAIN), *([(0, PLAIN), (3, FEW_SHAPES[3])] if NIGHTLY else [])]
+
+
+@pytest.mark.parametrize(("seed", "shape"), FORESTS)
 def test_any_forest_of_requests_that_share_pages(ops: PagedOps, shape: MemoryShape, seed: int) -> None:
     sharing.test_any_forest_of_requests_that_share_pages(ops, shape, seed)
 

@@ -4,7 +4,6 @@ AVX-512) on whatever registers there are. Nightly: it needs a cross-compiler and
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import struct
@@ -15,12 +14,13 @@ import pytest
 import torch
 
 from deltamem_vllm.ops.layout import UPDATE_MODES, MemoryShape
+from tests.conftest import NIGHTLY
 from tests.ops.paging import FEW_SHAPES, make_shape, name_of, random_inputs, truth
 from tests.tolerances import KERNEL_READS
 
 pytestmark = [
     pytest.mark.nightly,
-    pytest.mark.skipif(os.environ.get("DELTAMEM_NIGHTLY") != "1", reason="nightly: DELTAMEM_NIGHTLY=1"),
+    pytest.mark.skipif(not NIGHTLY, reason="nightly: DELTAMEM_NIGHTLY=1"),
 ]
 CPU = Path(__file__).parents[2] / "csrc" / "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -22,6 +22,7 @@ from deltamem_vllm.ops.cuda import CudaOps
 from deltamem_vllm.ops.layout import UPDATE_MODES, MemoryShape
 from deltamem_vllm.ops.paged import PagedOps
 from deltamem_vllm.ops.selfcheck import why_not
+from tests.conftest import NIGHTLY
 from tests.ops import cuda_emulated
 from tests.ops import test_paged as paged
 from tests.ops import test_pooled as pooled
@@ -231,7 +232,7 @@ def test_a_rank_without_a_kernel_is_found_at_start(
 
 
 #: One architecture each day, all that wheels are built for at night: a compilation takes about 15 s.
-ARCHITECTURES = ("80", "90", "100") if os.environ.get("DELTAMEM_NIGHTLY") == "1" else ("90",)
+ARCHITECTURES = ("80", "90", "100") if NIGHTLY else ("90",)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

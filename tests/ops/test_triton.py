@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import NIGHTLY
+
 ROOT = Path(__file__).parents[2]
 TRITON = os.environ.get("DELTAMEM_TEST_TRITON") or str(Path(sys.prefix) / "triton")
 #: One each day, all at night.
-CAPABILITIES = ["80", "90", "100"] if os.environ.get("DELTAMEM_NIGHTLY") == "1" else ["90"]
+CAPABILITIES = ["80", "90", "100"] if NIGHTLY else ["90"]
 
 
 def _run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -4,19 +4,19 @@ Each request carries one user message and no history. Held-out sessions: combina
 """
 
 import json
-import os
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from deltamem_vllm.demo.server import SMALL, VllmServer
+from deltamem_vllm.demo.server import ONE_WORKER, SMALL, VllmServer
 from deltamem_vllm.recall import ADAPTER_DIR, MODEL_DIR
 from deltamem_vllm.recall.facts import ATTRIBUTES
 from deltamem_vllm.recall.sessions import Request, Session, heldout_sessions, is_right
+from tests.conftest import NIGHTLY
 
-COUNT = 160 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 48
+COUNT = 160 if NIGHTLY else 48
 CHANCE = max(1 / len(a.values) for a in ATTRIBUTES)
 """Best a guess can do: one of an attribute's values."""
 
@@ -73,7 +73,7 @@ def own(user: int) -> str:
 @pytest.fixture(scope="module")
 def users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Users]:
     store = f"sqlite:///{tmp_path_factory.mktemp('recall')}/sessions.db"
-    arguments = (*SMALL, "--served-model-name", "recall")
+    arguments = (*SMALL, *ONE_WORKER, "--served-model-name", "recall")
     with VllmServer(MODEL_DIR, ADAPTER_DIR, store, *arguments) as server:
         server.wait_ready()
         told = Users(server, heldout_sessions(COUNT))

@@ -19,7 +19,6 @@ from tests.server.conftest import HERE, MODEL, ROOT
 from tests.server.talk import Talk, chat, completion, distance, logprobs, ok
 from tests.tolerances import SAME_MEMORY
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 MARK = "cAnArY"
 """Part of every session id and every key here; whatever shows it has leaked."""
 SECRET = bytes(range(100, 148))

@@ -1,6 +1,5 @@
 """The OpenAPI document of the session API is a contract; generated requests, valid and not, hold the server to it."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +9,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import checks
 
 from deltamem_vllm.demo.server import VllmServer
+from tests.conftest import NIGHTLY
 from tests.server.talk import API_KEY, Talk, new_session
 
 ROOT = "/v1/sessions"
-EXAMPLES = 200 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 8
+EXAMPLES = 200 if NIGHTLY else 8
 
 
 def operations(server: VllmServer) -> Iterator[Any]:

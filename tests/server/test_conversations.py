@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import NIGHTLY
 from tests.server.conversations import (
     NEW_TURNS,
     RESENT,
@@ -34,7 +34,6 @@ from tests.tolerances import SAME_MEMORY
 pytestmark = pytest.mark.timeout(900)  # the first test of each server starts it
 
 TURNS = 30
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 SEEDS = range(20) if NIGHTLY else (1, 2)
 CACHING = {"cached": "--enable-prefix-caching", "uncached": "--no-enable-prefix-caching"}
 long = pytest.mark.parametrize("served", CACHING if NIGHTLY else ["cached"], indirect=True, scope="module")

@@ -16,13 +16,14 @@ import psycopg
 import pytest
 
 from deltamem_vllm.demo.server import VllmServer
+from tests.conftest import NIGHTLY
 from tests.server.conftest import FLAGS, HERE, MODEL, ROOT
 from tests.server.slow import PACE
 from tests.server.streams import Stream, prompt
 from tests.server.talk import Talk, new_session, outcome, refused
 from tests.store import services
 
-API_SERVERS = 2 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 1
+API_SERVERS = 2 if NIGHTLY else 1
 SECONDS = 20
 """--shutdown-timeout; requests have 20 - 5 - 2 of them."""
 TOO_LONG = {"step_seconds": 0.03}

@@ -1,6 +1,5 @@
 """Pinned facts on a real server with the recall model: answered exactly, gone when deleted, no part of the window."""
 
-import os
 import random
 import sqlite3
 from collections.abc import Iterator
@@ -13,16 +12,17 @@ import pytest
 
 from deltamem_vllm.audit.chain import verify
 from deltamem_vllm.audit.log import label, read_key
-from deltamem_vllm.demo.server import SMALL, VllmServer
+from deltamem_vllm.demo.server import ONE_WORKER, SMALL, VllmServer
 from deltamem_vllm.recall import ADAPTER_DIR, MODEL_DIR
 from deltamem_vllm.recall.facts import ATTRIBUTES
 from deltamem_vllm.recall.sessions import is_right
+from tests.conftest import NIGHTLY
 from tests.server.conftest import HERE
 from tests.server.talk import Talk, chat, new_session, ok, refused
 
-COUNT = 200 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 40
+COUNT = 200 if NIGHTLY else 40
 CHANCE = max(1 / len(a.values) for a in ATTRIBUTES)
-FLAGS = (*SMALL, "--served-model-name", "m", "--enable-prompt-tokens-details")
+FLAGS = (*SMALL, *ONE_WORKER, "--served-model-name", "m", "--enable-prompt-tokens-details")
 BLOCK = "hi.\n{facts}\n"
 """To the recall model all words that it was not trained with are one and the same, and it was not trained with system
 messages: this text is one that it answers from."""

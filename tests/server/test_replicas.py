@@ -22,13 +22,13 @@ import pytest
 from deltamem_vllm.demo.server import VllmServer
 from deltamem_vllm.store.postgres import PostgresStore
 from deltamem_vllm.store.protocol import Record, SessionKey
+from tests.conftest import NIGHTLY
 from tests.server.conftest import FLAGS, HERE, MODEL
 from tests.server.streams import Stream, prompt
 from tests.server.talk import TENANT, Talk, new_session, ok, outcome, refused, token_ids
 from tests.store import services
 from tests.tolerances import SAME_MEMORY
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 CLIENTS, RACE_SECONDS = 64, 120.0 if NIGHTLY else 8.0
 PAUSES = 8 if NIGHTLY else 1
 LEASES = (2, 15)

@@ -4,7 +4,6 @@ Each kill costs a start of vLLM, so there are few here; ``sessions/test_kill`` h
 """
 
 import contextlib
-import os
 import random
 import threading
 import time
@@ -16,10 +15,11 @@ import pytest
 from deltamem_vllm.demo.server import VllmServer
 from deltamem_vllm.store.protocol import SessionKey
 from deltamem_vllm.store.sqlite import SQLiteStore
+from tests.conftest import NIGHTLY
 from tests.server.talk import TENANT, Talk, distance, new_session, ok, outcome
 from tests.tolerances import SAME_MEMORY
 
-KILLS = 50 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 2
+KILLS = 50 if NIGHTLY else 1
 SESSIONS = 4
 
 
@@ -65,7 +65,7 @@ def stored(path: Path, session: str) -> tuple[int, bytes]:
         store.close()
 
 
-@pytest.mark.timeout(200 * KILLS)
+@pytest.mark.timeout(200 * (KILLS + 1))  # the server may have to start first
 def test_what_was_told_survives_kill_9(server: VllmServer, talk: Talk) -> None:
     path = server.log.with_name("sessions.db")
     rng = random.Random(KILLS)

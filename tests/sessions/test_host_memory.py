@@ -14,9 +14,10 @@ import pytest
 
 from deltamem_vllm.sessions.directory import Directory
 from deltamem_vllm.sessions.service import SessionService
+from tests.conftest import NIGHTLY
 from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, turn
 
-IDS = 1_000_000 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 50_000
+IDS = 1_000_000 if NIGHTLY else 50_000
 BUDGET = 16 << 20
 FLAT = 8 << 20
 """Bytes by which the process may grow after the first fifth. A leak of one session's worth per id makes it 100 MB."""

@@ -23,9 +23,10 @@ import zmq.asyncio
 
 from deltamem_vllm.sessions.control import ControlClient
 from deltamem_vllm.store.sqlite import SQLiteStore
+from tests.conftest import NIGHTLY
 from tests.sessions.harness import TENANT, ids, key, memory
 
-KILLS = 500 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 25
+KILLS = 500 if NIGHTLY else 15
 SESSIONS = 8
 ROOT = Path(__file__).parents[2]
 

@@ -2,7 +2,6 @@
 than the bounds say."""
 
 import asyncio
-import os
 import random
 import secrets
 import tempfile
@@ -18,10 +17,11 @@ import zmq.asyncio
 from deltamem_vllm.errors import CapacityError
 from deltamem_vllm.sessions.control import ControlClient
 from deltamem_vllm.store.sqlite import SQLiteStore
+from tests.conftest import NIGHTLY
 from tests.sessions.harness import TENANT, ids, key, memory
 from tests.sessions.test_kill import child, commit_for
 
-KILLS = 200 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 12
+KILLS = 200 if NIGHTLY else 12
 SESSIONS = 8
 VERSIONS, SECONDS = 6, 1.0
 

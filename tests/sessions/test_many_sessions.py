@@ -1,6 +1,5 @@
 """A service that opens a store with very many sessions is ready at once: nothing is read before it is asked for."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,11 +10,12 @@ import pytest
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.protocol import Put, SessionKey, new_incarnation
 from deltamem_vllm.store.url import open_store
+from tests.conftest import NIGHTLY
 from tests.sessions.harness import ADAPTER, LAYOUT, MODEL, TENANT, admit, drive, make_service
 from tests.store import services
 from tests.store.records import record
 
-SESSIONS = 100_000 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 20_000
+SESSIONS = 100_000 if NIGHTLY else 20_000
 GROUP = 1000
 READY_SECONDS = 2.0
 

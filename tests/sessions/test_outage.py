@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,10 +14,10 @@ from deltamem_vllm.errors import CapacityError, StoreUnavailable
 from deltamem_vllm.sessions.commits import Commits
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.url import open_store
+from tests.conftest import NIGHTLY
 from tests.sessions.harness import admit, drive, key, make_service, memory, run, turn
 from tests.store import services
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 OUTAGE = 60.0 if NIGHTLY else 6.0
 RECOVERY = 5.0
 SESSIONS = 6

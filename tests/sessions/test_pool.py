@@ -1,7 +1,6 @@
 """The session pool on real tensors: never another session's byte, nothing left behind, many orders in one go."""
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -17,10 +16,11 @@ from deltamem_vllm.sessions.pool import SessionPool, StaleOrder
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.sessions.slots import Place
 from deltamem_vllm.sessions.steps import Answer, Commit, Seed, Step
+from tests.conftest import NIGHTLY
 from tests.sessions.harness import make_service
 from tests.sessions.pooling import STATE, World, canary, make_pool, page_of, wander, whose, write_page
 
-OPERATIONS = 100_000 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 10_000
+OPERATIONS = 100_000 if NIGHTLY else 10_000
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 
-from deltamem_vllm.sessions.slots import Place, SlotTable
+from deltamem_vllm.sessions.slots import MAX_OWNERS, Place, SlotTable
 
 
 def test_least_recently_used_goes_first() -> None:
@@ -80,6 +80,20 @@ def test_an_owner_that_goes_frees_every_slot_of_its_own() -> None:
     assert not table._names
 
 
+def test_of_a_state_that_everybody_has_the_latest_owners_are_known() -> None:
+    table = SlotTable(2)
+    place = table.take("hello", 0)
+    for owner in range(1, MAX_OWNERS + 1):
+        assert table.find("hello", owner) == place
+    assert table.owners == MAX_OWNERS
+    assert table.find("hello", 1) == place, "known again, as the latest"
+    assert table.release(0) == [], "the one that is not known any more takes nothing from the others"
+    for owner in range(2, MAX_OWNERS + 1):
+        assert table.release(owner) == []
+    assert [freed.slot for freed in table.release(1)] == [place.slot]
+    assert table.owners == 0
+
+
 def test_a_pool_of_one_serves_everybody() -> None:
     table = SlotTable(1)
     for i in range(10):
@@ -151,7 +165,7 @@ def test_any_history_never_shows_a_foreign_state(slots: int) -> None:
         held = list(table._slots.values())
         assert len(set(held)) == len(held)
         assert sorted(held + table._free) == list(range(slots)), "a slot was lost or given out twice"
-        assert table._owners == {n: o for n, o in owners.items() if n in pool}
+        assert {n: set(o) for n, o in table._owners.items()} == {n: o for n, o in owners.items() if n in pool}
 
 
 def place_of(table: SlotTable, name: str) -> Place:

@@ -1,7 +1,6 @@
 """Windows: single rules by example, and whole histories against what the client meant."""
 
 import hashlib
-import os
 import random
 import struct
 from collections import Counter
@@ -27,8 +26,8 @@ from deltamem_vllm.sessions.windows import (
     unpack,
     write_limit,
 )
+from tests.conftest import NIGHTLY
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 HISTORIES = settings(
     max_examples=100_000 if NIGHTLY else 5000,
     deadline=None,

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
 import struct
 from collections.abc import Callable
@@ -18,10 +17,10 @@ from deltamem_vllm.errors import CorruptRecord
 from deltamem_vllm.store import codec, parts
 from deltamem_vllm.store.codec import decode, encode, parse_layout
 from deltamem_vllm.store.protocol import MAX_ATTRIBUTES_BYTES, Record, SessionKey
+from tests.conftest import NIGHTLY
 from tests.store.old_formats import format1
 from tests.store.records import INCARNATION, KEY, record
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 MUTATIONS = 1_000_000 if NIGHTLY else 20_000
 HEAD = struct.Struct("<8sHHIII")
 

@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,12 +18,12 @@ from deltamem_vllm.store.memory import MemoryStore
 from deltamem_vllm.store.protocol import Record, SessionKey, StateStore
 from deltamem_vllm.store.sqlite import SQLiteStore
 from deltamem_vllm.store.verify import Verifier
+from tests.conftest import NIGHTLY
 from tests.store import conformance, conformance_kept
 from tests.store.old_formats import format1, format2
 from tests.store.records import KEY, record
 from tests.store.test_codec import mutate, reseal
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 SWAPS = 200_000 if NIGHTLY else 10_000
 FUZZ = 500_000 if NIGHTLY else 10_000
 

@@ -6,7 +6,6 @@ resolves which.
 """
 
 import dataclasses
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -19,11 +18,11 @@ import pytest
 from deltamem_vllm.errors import StaleVersion, StoreError, StoreUnavailable
 from deltamem_vllm.store.protocol import Expect, Outcomes, Put, SessionKey
 from deltamem_vllm.store.sqlite import SQLiteStore
+from tests.conftest import NIGHTLY
 from tests.store import conformance
 from tests.store.committer import version_of
 from tests.store.records import INCARNATION
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 STRIDE = 1 if NIGHTLY else 7  # 8 would always fall on the same calls
 SESSIONS = 4
 FAULTS = ("eio", "short", "full")

@@ -18,9 +18,9 @@ import pytest
 
 from deltamem_vllm.store.protocol import SessionKey
 from deltamem_vllm.store.url import open_store
+from tests.conftest import NIGHTLY
 from tests.store.replica import chain
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 WINS = 200 if NIGHTLY else 16
 WRITERS, REPLICAS, SESSIONS = 16, 3, 3
 ROOT = Path(__file__).parents[2]

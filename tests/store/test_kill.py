@@ -15,9 +15,10 @@ import pytest
 
 from deltamem_vllm.store.protocol import SessionKey
 from deltamem_vllm.store.sqlite import SQLiteStore
+from tests.conftest import NIGHTLY
 from tests.store.committer import SESSIONS, digest, version_of
 
-KILLS = 500 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 10
+KILLS = 500 if NIGHTLY else 10
 ROOT = Path(__file__).parents[2]
 
 

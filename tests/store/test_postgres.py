@@ -1,6 +1,5 @@
 """PostgreSQL alone: cut connections, restarts, timeouts, clear errors, settings."""
 
-import os
 import random
 import threading
 import time
@@ -16,12 +15,12 @@ from deltamem_vllm.store import ledger, postgres, postgres_leases, protocol
 from deltamem_vllm.store import postgres_schema as sql
 from deltamem_vllm.store.postgres import PostgresStore
 from deltamem_vllm.store.protocol import Expect, SessionKey
+from tests.conftest import NIGHTLY
 from tests.store import conformance, services
 from tests.store.records import INCARNATION, KEY, record
 from tests.store.services import Proxy, Server
 from tests.store.test_crypto import check_rotation
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 CUTS = 2000 if NIGHTLY else 80
 
 

@@ -6,7 +6,6 @@ between them. An image is a cut through that history: all that a completed sync 
 part of the rest.
 """
 
-import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,11 @@ from deltamem_vllm.errors import CorruptRecord
 from deltamem_vllm.store.codec import encode
 from deltamem_vllm.store.protocol import Expect, SessionKey
 from deltamem_vllm.store.sqlite import SQLiteStore
+from tests.conftest import NIGHTLY
 from tests.store.committer import SESSIONS, version_of
 from tests.store.records import INCARNATION
 
-IMAGES = 12_000 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 150
+IMAGES = 12_000 if NIGHTLY else 150
 SECTOR = 512
 
 

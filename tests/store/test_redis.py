@@ -1,6 +1,5 @@
 """Redis alone: what its settings may lose, partitions, crashes, clear errors."""
 
-import os
 import random
 import subprocess
 import time
@@ -15,12 +14,12 @@ from deltamem_vllm.errors import ConfigError, QuotaExceeded, StaleVersion, Store
 from deltamem_vllm.store import redis_scripts
 from deltamem_vllm.store.protocol import Expect, Quota, SessionKey
 from deltamem_vllm.store.redis import RedisStore
+from tests.conftest import NIGHTLY
 from tests.store import conformance, services
 from tests.store.records import INCARNATION, KEY, record
 from tests.store.services import Proxy, Server
 from tests.store.test_crypto import check_rotation
 
-NIGHTLY = os.environ.get("DELTAMEM_NIGHTLY") == "1"
 CUTS = 2000 if NIGHTLY else 80
 
 Place = tuple[str, str]

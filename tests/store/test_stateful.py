@@ -23,11 +23,12 @@ from deltamem_vllm.store.postgres import PostgresStore
 from deltamem_vllm.store.protocol import Expect, Quota, Record, SessionKey, StateStore, Usage, new_incarnation
 from deltamem_vllm.store.redis import RedisStore
 from deltamem_vllm.store.sqlite import SQLiteStore
+from tests.conftest import NIGHTLY
 from tests.store import conformance
 from tests.store.records import record
 from tests.store.test_crypto import A
 
-RUNS = 5000 if os.environ.get("DELTAMEM_NIGHTLY") == "1" else 15
+RUNS = 5000 if NIGHTLY else 15
 STEPS = 25
 KEEP = 3
 QUOTA = Quota(sessions=2)
@@ -192,7 +193,7 @@ def run(make: Make, runs: int = RUNS, phases: tuple[Phase, ...] = tuple(Phase)) 
             max_examples=runs,
             stateful_step_count=STEPS,
             deadline=None,
-            derandomize=os.environ.get("DELTAMEM_NIGHTLY") != "1",
+            derandomize=not NIGHTLY,
             database=None,
             phases=phases,
             report_multiple_bugs=False,
