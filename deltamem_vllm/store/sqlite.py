@@ -265,8 +265,12 @@ class SQLiteStore:
     # --- connections ----------------------------------------------------------------------------------------
 
     def _read(self, what: str, statement: str, bindings: tuple[Any, ...]) -> _Rows:
-        with translated(self.path, what), self._reader() as reader:
-            return reader.execute(statement, bindings).fetchall()
+        with translated(self.path, what):
+            reader = self._take_reader()
+            try:
+                return reader.execute(statement, bindings).fetchall()
+            finally:
+                self._give_back(reader)
 
     def _connect(self, flags: int) -> apsw.Connection:
         connection = apsw.Connection(str(self.path), flags=flags, vfs=self._vfs)
@@ -341,17 +345,22 @@ class SQLiteStore:
     @contextlib.contextmanager
     def _reader(self) -> Iterator[apsw.Connection]:
         """A connection for reading that no other thread uses meanwhile."""
-        with self._readers_lock:
-            self._open_writer()
-            reader = self._readers.pop() if self._readers else None
-        if reader is None:
-            reader = self._connect(apsw.SQLITE_OPEN_READONLY)
+        reader = self._take_reader()
         try:
             yield reader
         finally:
-            with self._readers_lock:
-                keep = not self._closed and len(self._readers) < _IDLE_READERS
-                if keep:
-                    self._readers.append(reader)
-            if not keep:
-                reader.close()
+            self._give_back(reader)
+
+    def _take_reader(self) -> apsw.Connection:
+        with self._readers_lock:
+            self._open_writer()
+            if self._readers:
+                return self._readers.pop()
+        return self._connect(apsw.SQLITE_OPEN_READONLY)
+
+    def _give_back(self, reader: apsw.Connection) -> None:
+        with self._readers_lock:
+            if not self._closed and len(self._readers) < _IDLE_READERS:
+                self._readers.append(reader)
+                return
+        reader.close()
