@@ -181,7 +181,7 @@ def check(record: Record) -> None:
     """
     shape = parse_layout(record.layout)
     for name, state in (("base", record.base), ("end", record.end)):
-        if state.dtype != np.float32 or state.shape != shape:
+        if state.dtype != _FP32 or state.shape != shape:
             raise CorruptRecord(f"{name} is {state.dtype} {state.shape}; layout {record.layout} needs float32 {shape}")
         if (largest := excess(state)) is not None:
             raise CorruptRecord(f"{name} holds {largest:g}; entries must be finite and at most {MAX_ABS:g}")
