@@ -221,17 +221,17 @@ DEGRADED = _gauge(
 STORE_SECONDS = _histogram(
     "deltamem_store_operation_seconds",
     "seconds",
-    "Calls of the store, failed ones too: put (a group of commits, in one transaction), get, history, delete, list (a "
-    "page of sessions, tenants or idle ones), usage.",
+    "Calls of the store, failed ones too: put (a group of commits, in one transaction), get, head (where a session "
+    "is), history, delete, list (a page of sessions, tenants or idle ones), usage.",
     FAST,
-    operation="put get history delete list usage",
+    operation="put get head history delete list usage",
 )
 STORE_ERRORS = _counter(
     "deltamem_store_errors_total",
     "errors",
     "Records and questions that the store failed: unavailable (unreachable, full, read-only), corrupt (what is stored "
     "does not verify), other. A stale version or a full quota is no error of the store.",
-    operation="put get history delete list usage",
+    operation="put get head history delete list usage",
     kind="unavailable corrupt other",
 )
 STORE_BATCHES = _counter(

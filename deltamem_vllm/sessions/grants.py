@@ -1,10 +1,10 @@
 """What a request was granted: from which state it starts, what it may write, and what it will commit against."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from blake3 import blake3
 
 from deltamem_vllm.names import Names
 from deltamem_vllm.sessions.chain import Cut
@@ -87,10 +87,11 @@ class Grant:
 
 
 def state_digest(state: np.ndarray | None) -> str:
-    """Hex name of a state's content: equal names, equal bits."""
+    """Hex name of a state's content: equal names, equal bits. Names are compared within one process and stored
+    nowhere."""
     if state is None:
         return ZERO
-    return hashlib.blake2b(np.ascontiguousarray(state).tobytes(), digest_size=16).hexdigest()
+    return blake3(np.ascontiguousarray(state).tobytes()).hexdigest(16)
 
 
 def cache_salt(

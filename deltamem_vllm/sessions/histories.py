@@ -1,5 +1,6 @@
 """Histories that clients let be left out: what a session's record says of them, and keeps."""
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -8,7 +9,7 @@ import numpy as np
 from deltamem_vllm.errors import CapacityError
 from deltamem_vllm.sessions import attributes, chain, pinning
 from deltamem_vllm.sessions.attributes import Chain
-from deltamem_vllm.sessions.grants import Grant, History, state_digest
+from deltamem_vllm.sessions.grants import Grant, History
 from deltamem_vllm.sessions.masks import unwritten_before
 from deltamem_vllm.sessions.meters import turned_away
 from deltamem_vllm.store.protocol import Record, SessionKey
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def digest(state: np.ndarray) -> bytes:
-    """8 bytes that name a state."""
-    return bytes.fromhex(state_digest(state))[:8]
+    """8 bytes that name a state in a session's attributes: stored, so what names it must stay as it is."""
+    return hashlib.blake2b(np.ascontiguousarray(state).tobytes(), digest_size=16).digest()[:8]
 
 
 def chain_of(record: Record | None) -> Chain | None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 from deltamem_vllm import metrics
 from deltamem_vllm.errors import CorruptRecord, QuotaExceeded, StaleVersion, StoreUnavailable, VersionNotKept
 from deltamem_vllm.sessions.meters import Meters
-from deltamem_vllm.store.protocol import StateStore
+from deltamem_vllm.store.protocol import StateStore, WouldWait
 
 OPERATIONS = {
     "put": "put",
@@ -15,6 +15,8 @@ OPERATIONS = {
     "rollback": "put",
     "get": "get",
     "get_version": "get",
+    "head": "head",
+    "glance": "head",
     "history": "history",
     "delete": "delete",
     "delete_idle": "delete",
@@ -36,6 +38,8 @@ class _Metered:
     def __init__(self, store: StateStore, meters: Meters) -> None:
         self._store, self._meters = store, meters
         for method, operation in OPERATIONS.items():
+            if getattr(store, method, None) is None:  # not every store can be glanced at
+                continue
             setattr(self, method, self._timed(method, operation))
 
     def __getattr__(self, name: str) -> Any:
@@ -46,11 +50,13 @@ class _Metered:
             start = time.perf_counter()
             try:
                 answer = getattr(self._store, method)(*args, **kwargs)
+            except WouldWait:  # no call: the question is asked again, by another method
+                raise
             except Exception as error:
+                self._meters.observe(metrics.STORE_SECONDS, time.perf_counter() - start, operation)
                 self._failed(operation, error)
                 raise
-            finally:
-                self._meters.observe(metrics.STORE_SECONDS, time.perf_counter() - start, operation)
+            self._meters.observe(metrics.STORE_SECONDS, time.perf_counter() - start, operation)
             if method == "put_many":
                 for outcome in answer:
                     self._failed(operation, outcome)

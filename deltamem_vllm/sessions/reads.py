@@ -4,6 +4,10 @@ A read whose connection breaks is tried again for seconds before it fails. While
 wait for that, each behind those before it. So after a read that failed slowly the store counts as away: reads are
 refused at once, but for one a second, which finds out whether it is back. A store that fails at once is asked every
 time.
+
+What a store can say without waiting is asked on the event loop's own thread: handing a question to a thread and its
+answer back costs ten times the look-up. Such a question should take microseconds; one that took long came to a disk
+that hangs, and for a while all of them go to the threads again.
 """
 
 import asyncio
@@ -14,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from deltamem_vllm.errors import StoreUnavailable
+from deltamem_vllm.store.protocol import WouldWait
 
 logger = logging.getLogger("vllm.deltamem")
 _T = TypeVar("_T")
@@ -22,6 +27,8 @@ SLOW_SECONDS = 1.0
 """A read that fails after so long costs more than it tells."""
 AWAY_SECONDS = 1.0
 """How often a store that is away is asked again."""
+LONG_GLANCE = 0.02
+"""A question on the event loop's thread that took so long, in seconds, is the last one there for `AWAY_SECONDS`."""
 
 
 class Reads:
@@ -31,10 +38,26 @@ class Reads:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-load")
         self._away = self._trying = False
         self._why, self._next = "", 0.0
+        self._glances_from = 0.0
 
     async def run(self, work: Callable[..., _T], *args: object) -> _T:
         """Run a call, however long it takes."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    def glance(self, work: Callable[..., _T], *args: object) -> _T:
+        """Run, on the event loop's thread, a read that does not wait.
+
+        Raises:
+            WouldWait: it cannot be told here; and whatever else the read raises.
+        """
+        begun = time.monotonic()
+        if begun < self._glances_from:
+            raise WouldWait
+        try:
+            return work(*args)
+        finally:
+            if (ended := time.monotonic()) - begun >= LONG_GLANCE:
+                self._glances_from = ended + AWAY_SECONDS
 
     async def read(self, work: Callable[..., _T], *args: object, patience: float | None = None) -> _T:
         """Run a read, unless the store is away.

@@ -11,7 +11,7 @@ from deltamem_vllm.sessions import attributes
 from deltamem_vllm.sessions.directory import Session
 from deltamem_vllm.sessions.meters import Meters
 from deltamem_vllm.sessions.reads import Reads
-from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore
+from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore, WouldWait
 
 logger = logging.getLogger("vllm.deltamem")
 _TTL = b"ttl"
@@ -47,6 +47,7 @@ class Records:
         self.store, self._deleted, self._expired, self._meters = store, deleted, expired, meters
         self.layout, self.adapter, self.model = layout, adapter, model
         self.reads = Reads()
+        self._glance: Callable[[SessionKey], Expect | None] | None = getattr(store, "glance", None)
 
     def close(self) -> None:
         """Start no further reads."""
@@ -129,17 +130,26 @@ class Records:
         """Another server on the same store may have moved the session on since this one last saw it."""
         seen = session.record
         try:
-            kept = await self.reads.read(self.store.history, session.key, 1, patience=NOTICE_SECONDS)
+            there = await self._head(session.key)
         except StoreUnavailable as e:
             logger.warning("the store cannot be asked for newer versions; going on from the one known here: %s", e)
             return
         if session.record is not seen or session.unsaved:
             return  # it has moved on here meanwhile: what the store said is older
         here = seen.expect if seen is not None else None
-        if (Expect(kept[0].version, kept[0].incarnation) if kept else None) != here:
+        if there != here:
             session.forget()
-            if not kept:
+            if there is None:
                 self._deleted(session.key)
+
+    async def _head(self, key: SessionKey) -> Expect | None:
+        """Where the store has a session: said at once by a store that can, else by a thread that waits for it."""
+        if self._glance is not None:
+            try:
+                return self.reads.glance(self._glance, key)
+            except WouldWait:
+                pass
+        return await self.reads.read(self.store.head, key, patience=NOTICE_SECONDS)
 
     def verify(self, record: Record) -> None:
         """Refuse a memory made with another adapter, model or shape; zeroing it silently would lose it.

@@ -2,24 +2,27 @@
 
     magic 8 | format u16 | reserved u16 | metadata length u32 | middle length u32 | body length u32
     metadata   canonical JSON: all fields of the record but base, end, window and attributes
-    middle     nothing in format 3; in format 4 what opens the body
-    body       window length u32 | attributes length u32 | window | attributes | payload; in format 4 sealed
-    checksum   blake2b-256 (person "deltamem-rec") of everything before it
+    middle     nothing in format 5; in format 6 what opens the body
+    body       window length u32 | attributes length u32 | window | attributes | payload; in format 6 sealed
+    checksum   blake3-256 (keyed by the context below) of everything before it
 
 The payload is safetensors with the tensors base and end, [L, H, r, r] fp32. All integers are little-endian.
 Lengths are checked against bounds and against each other before anything is parsed or allocated; the metadata
 is parsed only once the checksum is right. Nothing is unpickled. A record read under another session's key is
-refused, because the key is part of it. Format 4, in ``crypto``, seals the body with AES-GCM; it shares the
+refused, because the key is part of it. Format 6, in ``crypto``, seals the body with AES-GCM; it shares the
 parts, bounds and checks of this module.
 
-Formats 1 and 2 came before attributes. They are read as they always were, with no attributes, and never
-written: ``reencrypt`` stores such a record in the present format. Format 1 has the window as its middle and the
-payload as its body.
+Older formats are read as they always were and never written: ``reencrypt`` stores such a record in the present
+format. Formats 3 and 4 are 5 and 6 with another checksum, blake2b-256 (person "deltamem-rec"), which took most of the
+time of a commit and of a restore. Formats 1 and 2 have that checksum too and came before attributes: format 1 has the
+window as its middle and the payload as its body.
 """
 
 import hashlib
 import struct
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+from blake3 import blake3
 
 from deltamem_vllm.errors import CorruptRecord
 from deltamem_vllm.store.parts import (
@@ -37,14 +40,15 @@ from deltamem_vllm.store.parts import (
 )
 from deltamem_vllm.store.protocol import MAX_ATTRIBUTES_BYTES, Record, SessionKey
 
-FORMAT = 3
+FORMAT = 5
 FIRST_FORMAT = 1
-PLAIN_FORMATS, SEALED_FORMATS = (1, 3), (2, 4)
+PLAIN_FORMATS, SEALED_FORMATS = (1, 3, FORMAT), (2, 4, 6)
 MAX_METADATA_BYTES = 16 * 1024
 
 _MAGIC = b"DMEMREC\n"
 _HEAD = struct.Struct("<8sHHIII")
 _SUM_BYTES = 32
+_SUM_CONTEXT = "deltamem-vllm 2026-11-28 checksum of a session record"
 _SEAL_OVERHEAD = MAX_WINDOW_BYTES + 64  # format 2 has the window, its length and a tag in there too
 _BODY = struct.Struct("<II")
 _TAG_BYTES = 16
@@ -53,9 +57,13 @@ MAX_PAYLOAD_BYTES = 2 * MAX_STATE_BYTES + SAFETENSORS_OVERHEAD + _SEAL_OVERHEAD
 MAX_BODY_BYTES = (
     _BODY.size + MAX_WINDOW_BYTES + MAX_ATTRIBUTES_BYTES + 2 * MAX_STATE_BYTES + SAFETENSORS_OVERHEAD + _TAG_BYTES
 )
-_MIDDLE = {1: ("window", MAX_WINDOW_BYTES), 2: ("middle", MAX_WINDOW_BYTES), 3: ("middle", 0), 4: ("middle", 128)}
-_LAST = {form: ("payload", MAX_PAYLOAD_BYTES) if form < FORMAT else ("body", MAX_BODY_BYTES) for form in _MIDDLE}
+_MIDDLE = {1: ("window", MAX_WINDOW_BYTES), 2: ("middle", MAX_WINDOW_BYTES)} | {
+    form: ("middle", 0 if form in PLAIN_FORMATS else 128) for form in (3, 4, 5, 6)
+}
+_LAST = {form: ("payload", MAX_PAYLOAD_BYTES) if form < 3 else ("body", MAX_BODY_BYTES) for form in _MIDDLE}
 MAX_RECORD_BYTES = _HEAD.size + MAX_METADATA_BYTES + MAX_WINDOW_BYTES + MAX_BODY_BYTES + _SUM_BYTES
+
+Buffer: TypeAlias = bytes | memoryview
 
 
 class RecordCodec(Protocol):
@@ -95,15 +103,16 @@ def decode(data: bytes, *, key: SessionKey | None = None) -> Record:
     Raises:
         CorruptRecord: naming what failed.
     """
-    if format_of(data) == FIRST_FORMAT:
+    form = format_of(data)
+    if form == FIRST_FORMAT:
         metadata, window, payload = unpack(data, FIRST_FORMAT)
         return record_of(metadata, window, b"", payload, key)
-    metadata, _, body = unpack(data, FORMAT)
+    metadata, _, body = unpack(data, form if form in PLAIN_FORMATS else FORMAT)
     return record_of(metadata, *split(body), key)
 
 
 class Plain:
-    """Format 3, as a :class:`RecordCodec`: a checksum against damage, nothing against an attacker."""
+    """Format 5, as a :class:`RecordCodec`: a checksum against damage, nothing against an attacker."""
 
     encode = staticmethod(encode)
     decode = staticmethod(decode)
@@ -128,8 +137,8 @@ def parts_of(record: Record) -> tuple[bytes, bytes]:
     return metadata, b"".join((lengths, record.window, record.attributes, *payload_of(record)))
 
 
-def split(body: bytes) -> tuple[bytes, bytes, bytes]:
-    """Window, attributes and payload of a body: lengths bounded, the parts not yet looked at.
+def split(body: Buffer) -> tuple[bytes, bytes, memoryview]:
+    """Window, attributes and payload of a body: lengths bounded, the parts not yet looked at, the payload not copied.
 
     Raises:
         CorruptRecord: naming what failed.
@@ -143,13 +152,14 @@ def split(body: bytes) -> tuple[bytes, bytes, bytes]:
     payload_at = attributes_at + attributes_bytes
     if payload_at > len(body):
         raise CorruptRecord(f"window and attributes end at byte {payload_at} of a body of {len(body)}")
-    return body[_BODY.size : attributes_at], body[attributes_at:payload_at], body[payload_at:]
+    parts = memoryview(body)
+    return bytes(parts[_BODY.size : attributes_at]), bytes(parts[attributes_at:payload_at]), parts[payload_at:]
 
 
-def pack(form: int, metadata: bytes, middle: bytes, last: bytes) -> bytes:
+def pack(form: int, metadata: bytes, middle: bytes, last: Buffer) -> bytes:
     """Three parts with header and checksum."""
     data = b"".join((header(form, metadata, len(middle), len(last)), middle, last))
-    return data + checksum(data)
+    return data + checksum(data, form)
 
 
 def header(form: int, metadata: bytes, middle_bytes: int, last_bytes: int) -> bytes:
@@ -164,8 +174,9 @@ def format_of(data: bytes) -> int:
     return int(_HEAD.unpack_from(data)[1])
 
 
-def unpack(data: bytes, form: int) -> tuple[bytes, bytes, bytes]:
-    """The inverse of :func:`pack`: lengths bounded, checksum right, the parts not yet looked at.
+def unpack(data: bytes, form: int) -> tuple[bytes, bytes, memoryview]:
+    """The inverse of :func:`pack`: lengths bounded, checksum right, the parts not yet looked at; the last one, which is
+    large, is not copied.
 
     Raises:
         CorruptRecord: naming what failed.
@@ -178,7 +189,8 @@ def unpack(data: bytes, form: int) -> tuple[bytes, bytes, bytes]:
     if version != form or reserved:
         plain = form in PLAIN_FORMATS
         hint = ": it is encrypted, give the store its key" if plain and version in SEALED_FORMATS else ""
-        read = " and ".join(map(str, PLAIN_FORMATS if plain else SEALED_FORMATS))
+        *others, last_read = PLAIN_FORMATS if plain else SEALED_FORMATS
+        read = f"{', '.join(map(str, others))} and {last_read}"
         raise CorruptRecord(f"record format {version}.{reserved}; formats {read} are read here{hint}")
     (middle, middle_limit), (last, last_limit) = _MIDDLE[form], _LAST[form]
     bound("metadata", metadata_bytes, MAX_METADATA_BYTES)
@@ -189,12 +201,13 @@ def unpack(data: bytes, form: int) -> tuple[bytes, bytes, bytes]:
     sum_at = last_at + last_bytes
     if len(data) != sum_at + _SUM_BYTES:
         raise CorruptRecord(f"the lengths add up to {sum_at + _SUM_BYTES} bytes, the record has {len(data)}")
-    if checksum(memoryview(data)[:sum_at]) != data[sum_at:]:
+    parts = memoryview(data)
+    if checksum(parts[:sum_at], form) != data[sum_at:]:
         raise CorruptRecord("checksum does not match the stored bytes")
-    return data[_HEAD.size : middle_at], data[middle_at:last_at], data[last_at:sum_at]
+    return data[_HEAD.size : middle_at], data[middle_at:last_at], parts[last_at:sum_at]
 
 
-def record_of(metadata: bytes, window: bytes, attributes: bytes, payload: bytes, key: SessionKey | None) -> Record:
+def record_of(metadata: bytes, window: bytes, attributes: bytes, payload: Buffer, key: SessionKey | None) -> Record:
     """The record that its parts make, everything verified.
 
     Raises:
@@ -210,6 +223,8 @@ def record_of(metadata: bytes, window: bytes, attributes: bytes, payload: bytes,
     return record
 
 
-def checksum(data: bytes | memoryview) -> bytes:
-    """What stands at the end of a record whose other bytes are ``data``."""
+def checksum(data: Buffer, form: int = FORMAT) -> bytes:
+    """What stands at the end of a record of format ``form`` whose other bytes are ``data``."""
+    if form >= FORMAT:
+        return blake3(data, derive_key_context=_SUM_CONTEXT).digest()
     return hashlib.blake2b(data, digest_size=_SUM_BYTES, person=b"deltamem-rec").digest()

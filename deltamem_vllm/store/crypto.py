@@ -1,15 +1,16 @@
 """Encryption of records at rest: AES-256-GCM, with everything that says whose record it is authenticated.
 
-Format 4 of a record (see ``codec`` for the frame, its bounds and its checksum):
+Format 6 of a record (see ``codec`` for the frame, its bounds and its checksum):
 
-    head       as in format 3, format number 4
-    metadata   as in format 3, readable: tenant, session, version, incarnation, request id, …
+    head       as in format 5, format number 6
+    metadata   as in format 5, readable: tenant, session, version, incarnation, request id, …
     middle     key id, NUL, nonce (12 random bytes)
-    sealed     AES-GCM of the body of format 3: window, attributes and payload; with its tag of 16 bytes
+    sealed     AES-GCM of the body of format 5: window, attributes and payload; with its tag of 16 bytes
 
 The associated data are all bytes before ``sealed``. So sealed bytes that are moved under another session, another
-version, another key id or another format do not open. Format 2 came before attributes and is read, never written:
-it seals window length u32 | window | payload. A row put back as it was before is what ``verify`` looks for.
+version, another key id or another format do not open. Formats 2 and 4 are read, never written: 4 has another checksum,
+2 came before attributes and seals window length u32 | window | payload. A row put
+back as it was before is what ``verify`` looks for.
 
 Keys come from a :class:`KeyRing`: the first one writes, all of them read. To rotate: put a new key in front,
 restart the servers, run ``reencrypt``, remove the old key. One key should seal at most 2**32 records, the usual
@@ -39,7 +40,7 @@ from deltamem_vllm.store.protocol import Record, SessionKey
 
 logger = logging.getLogger("vllm.deltamem")
 
-FORMAT = 4
+FORMAT = 6
 FIRST_FORMAT = 2
 KEY_BYTES = 32
 _NONCE_BYTES = 12
@@ -182,7 +183,7 @@ class SealedCodec:
                     " run reencrypt with accept_plain once"
                 )
             return codec.decode(data, key=key)
-        form = FIRST_FORMAT if form == FIRST_FORMAT else FORMAT
+        form = form if form in codec.SEALED_FORMATS else FORMAT
         metadata, middle, sealed = codec.unpack(data, form)
         name = _key_id(middle)
         cipher = self._ciphers.get(name)

@@ -8,15 +8,15 @@ conformance suite compares.)
 import dataclasses
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from deltamem_vllm.errors import QuotaExceeded, StaleVersion, StoreError, VersionNotKept
 from deltamem_vllm.store.leases import fenced
 from deltamem_vllm.store.protocol import Expect, Outcome, Quota, Record, SessionKey, StateStore, Usage, admit
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """A session as stored, without its bytes.
 
     Attributes:
@@ -25,7 +25,7 @@ class View:
     """
 
     head: tuple[int, str, str] | None = None
-    kept: Mapping[int, tuple[str, int]] = field(default_factory=dict)
+    kept: Mapping[int, tuple[str, int]] = MappingProxyType({})
 
     def after(self, record: Record, size: int, change: "Change") -> "View":
         """The view once ``record`` of ``size`` bytes is written."""
@@ -34,8 +34,7 @@ class View:
         return View((record.version, record.incarnation, record.request_id), kept)
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """What one write does beside storing its record.
 
     Attributes:
@@ -71,8 +70,7 @@ def decide(
     return change
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(NamedTuple):
     """One record that a group stores."""
 
     record: Record

@@ -20,6 +20,7 @@ from deltamem_vllm.store.protocol import (
     SessionInfo,
     SessionKey,
     Usage,
+    WouldWait,
     id_range,
 )
 from deltamem_vllm.store.verify import Verifier, info_of
@@ -66,6 +67,22 @@ class MemoryStore:
         if found is None:
             return None
         return self._verify.version(key, (version, found[0].incarnation, found[1]), found[2])
+
+    def head(self, key: SessionKey) -> Expect | None:
+        with self._lock:
+            return self._head(key)
+
+    def glance(self, key: SessionKey) -> Expect | None:
+        if self._closed or not self._lock.acquire(blocking=False):
+            raise WouldWait
+        try:
+            return self._head(key)
+        finally:
+            self._lock.release()
+
+    def _head(self, key: SessionKey) -> Expect | None:
+        session = self._open().get(key)
+        return None if session is None or session.view.head is None else Expect(*session.view.head[:2])
 
     def history(self, key: SessionKey, limit: int = 100) -> Listing:
         with self._lock:

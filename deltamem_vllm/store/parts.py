@@ -126,7 +126,7 @@ def payload_of(record: Record) -> tuple[bytes, memoryview, memoryview]:
     return _safetensors_header(base.shape), base.data, end.data
 
 
-def parse_payload(data: bytes, shape: Shape) -> tuple[Array, Array]:
+def parse_payload(data: bytes | memoryview, shape: Shape) -> tuple[Array, Array]:
     """base and end, [L, H, r, r] fp32, copied out of a safetensors payload.
 
     Raises:
@@ -136,12 +136,12 @@ def parse_payload(data: bytes, shape: Shape) -> tuple[Array, Array]:
     if not 8 * count < len(data) <= 8 * count + SAFETENSORS_OVERHEAD:
         raise CorruptRecord(f"a payload of {len(data)} bytes cannot hold two states of shape {shape}")
     header = _safetensors_header(shape)
-    if len(data) == len(header) + 8 * count and data.startswith(header):
-        base = np.frombuffer(data, _FP32, count, len(header))
-        end = np.frombuffer(data, _FP32, count, len(header) + 4 * count)
-        return base.reshape(shape).copy(), end.reshape(shape).copy()
+    if len(data) == len(header) + 8 * count and bytes(data[: len(header)]) == header:
+        base: Array = np.ndarray(shape, _FP32, data, len(header))
+        end: Array = np.ndarray(shape, _FP32, data, len(header) + 4 * count)
+        return base.copy(), end.copy()
     try:
-        tensors = load(data)
+        tensors = load(bytes(data))
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CorruptRecord(f"payload is not safetensors: {error}") from None
     if tensors.keys() != {"base", "end"}:
@@ -181,7 +181,7 @@ def check(record: Record) -> None:
     """
     shape = parse_layout(record.layout)
     for name, state in (("base", record.base), ("end", record.end)):
-        if state.dtype != np.float32 or state.shape != shape:
+        if state.dtype != _FP32 or state.shape != shape:
             raise CorruptRecord(f"{name} is {state.dtype} {state.shape}; layout {record.layout} needs float32 {shape}")
         if (largest := excess(state)) is not None:
             raise CorruptRecord(f"{name} holds {largest:g}; entries must be finite and at most {MAX_ABS:g}")

@@ -103,6 +103,10 @@ class PostgresStore:
         rows = self._link.read("read", sql.GET_VERSION, (MAX_RECORD_BYTES, key.tenant, key.session, version))
         return self._verify.version(key, rows[0][:3], rows[0][3]) if rows else None
 
+    def head(self, key: SessionKey) -> Expect | None:
+        rows = self._link.read("read", sql.HEAD, (key.tenant, key.session))
+        return Expect(*rows[0]) if rows else None
+
     def history(self, key: SessionKey, limit: int = 100) -> Listing:
         rows = self._link.read("read", sql.HISTORY, (key.tenant, key.session, max(0, limit)))
         return [SessionInfo(key, *row) for row in rows]

@@ -64,6 +64,7 @@ NEW_TENANTS = """
 LOCK_TENANTS = """
     SELECT tenant, sessions, bytes FROM deltamem_tenants WHERE tenant = ANY(%s) ORDER BY tenant FOR UPDATE
 """
+HEAD = "SELECT version, incarnation FROM deltamem_sessions WHERE tenant = %s AND session = %s"
 HEADS = """
     SELECT tenant, session, version, incarnation, request_id FROM deltamem_sessions
     WHERE (tenant, session) IN (SELECT * FROM unnest(%s::text[], %s::text[]))

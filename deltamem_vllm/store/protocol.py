@@ -180,10 +180,18 @@ Names = list[str]
 Put = tuple[Record, Expect | None]
 
 
+class WouldWait(Exception):
+    """A store cannot say without waiting for something: ask it again where waiting harms nobody."""
+
+
 @runtime_checkable
 class StateStore(Protocol):
     """A store of sessions. Every method is safe to call from any thread and raises ``StoreUnavailable``
     when the store cannot be reached, is full, read-only or closed.
+
+    A store that lies in this process or in a local file may also have ``glance(key)``: what ``head`` says, for an event
+    loop's own thread. It waits for no lock and no network, and raises nothing but :class:`WouldWait`, for whatever
+    keeps it from answering; ``head`` then says what that is.
 
     Attributes:
         keep: versions kept of each session.
@@ -227,6 +235,10 @@ class StateStore(Protocol):
         Raises:
             CorruptRecord: the stored bytes failed verification.
         """
+
+    def head(self, key: SessionKey) -> Expect | None:
+        """Where the session is, as its row says: version and incarnation of the newest version; None if it does not
+        exist. One look-up in an index, cheap enough for every request."""
 
     def history(self, key: SessionKey, limit: int = 100) -> Listing:
         """The kept versions, newest first, the current one included; empty without a session."""

@@ -112,6 +112,11 @@ class RedisStore:
         found = self._link.script("read", "GET_VERSION", self._keys(key)[:2], version)
         return self._verify.version(key, _row(found), found[3]) if found else None
 
+    def head(self, key: SessionKey) -> Expect | None:
+        place = self._keys(key)[0]
+        version, incarnation = self._link.run("read", lambda: self._link.client.hmget(place, "v", "i"))
+        return Expect(int(version), incarnation.decode()) if version else None
+
     def history(self, key: SessionKey, limit: int = 100) -> Listing:
         found = self._link.script("read", "HISTORY", self._keys(key)[1:2])
         infos = sorted((_info(key, meta) for meta in found), key=lambda info: -info.version)

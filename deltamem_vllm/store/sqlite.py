@@ -7,7 +7,7 @@ Erasure: ``secure_delete`` overwrites freed bytes in the file, and ``delete`` an
 the log, so that no older image of a page stays behind.
 
 Threads: one connection writes, under a lock; reads take their own connections, which in WAL never wait for
-the writer.
+the writer; so does what an event loop asks (``sqlite_glance``).
 Processes: SQLite's own locks; each process opens the store itself, and never after a fork with the store
 open.
 
@@ -41,10 +41,12 @@ from deltamem_vllm.store.protocol import (
     SessionInfo,
     SessionKey,
     Usage,
+    WouldWait,
     id_range,
 )
 from deltamem_vllm.store.sqlite_changes import Encoded, delete, put_group
 from deltamem_vllm.store.sqlite_file import create_private, retry_busy, translated
+from deltamem_vllm.store.sqlite_glance import Glancer
 from deltamem_vllm.store.verify import Verifier
 
 _Rows = list[Any]  # here, because ``list`` is a method of the store
@@ -89,6 +91,7 @@ class SQLiteStore:
         self._write_lock = threading.Lock()
         self._readers: list[apsw.Connection] = []
         self._readers_lock = threading.Lock()
+        self._glancer = Glancer(lambda: self._connect(apsw.SQLITE_OPEN_READONLY))
         self._closed = False
         with translated(self.path, "open"):
             try:
@@ -115,6 +118,15 @@ class SQLiteStore:
         bindings = (MAX_RECORD_BYTES, key.tenant, key.session, version)
         rows = self._read("read", sqlite_schema.GET_VERSION, bindings)
         return self._verify.version(key, rows[0][:3], rows[0][3]) if rows else None
+
+    def head(self, key: SessionKey) -> Expect | None:
+        rows = self._read("read", sqlite_schema.WHERE_IS, (key.tenant, key.session))
+        return Expect(*rows[0]) if rows else None
+
+    def glance(self, key: SessionKey) -> Expect | None:
+        if os.getpid() != self._process:  # ``head`` says what is wrong
+            raise WouldWait
+        return self._glancer.head(key)
 
     def history(self, key: SessionKey, limit: int = 100) -> Listing:
         rows = self._read("read", sqlite_schema.HISTORY, (key.tenant, key.session, max(0, limit)))
@@ -233,6 +245,7 @@ class SQLiteStore:
             for reader in self._readers:
                 reader.close()
             self._readers.clear()
+            self._glancer.close()
             with contextlib.suppress(apsw.Error):  # the last one to close also folds the log into the file
                 self._writer.close()
 
@@ -252,8 +265,12 @@ class SQLiteStore:
     # --- connections ----------------------------------------------------------------------------------------
 
     def _read(self, what: str, statement: str, bindings: tuple[Any, ...]) -> _Rows:
-        with translated(self.path, what), self._reader() as reader:
-            return reader.execute(statement, bindings).fetchall()
+        with translated(self.path, what):
+            reader = self._take_reader()
+            try:
+                return reader.execute(statement, bindings).fetchall()
+            finally:
+                self._give_back(reader)
 
     def _connect(self, flags: int) -> apsw.Connection:
         connection = apsw.Connection(str(self.path), flags=flags, vfs=self._vfs)
@@ -328,17 +345,22 @@ class SQLiteStore:
     @contextlib.contextmanager
     def _reader(self) -> Iterator[apsw.Connection]:
         """A connection for reading that no other thread uses meanwhile."""
-        with self._readers_lock:
-            self._open_writer()
-            reader = self._readers.pop() if self._readers else None
-        if reader is None:
-            reader = self._connect(apsw.SQLITE_OPEN_READONLY)
+        reader = self._take_reader()
         try:
             yield reader
         finally:
-            with self._readers_lock:
-                keep = not self._closed and len(self._readers) < _IDLE_READERS
-                if keep:
-                    self._readers.append(reader)
-            if not keep:
-                reader.close()
+            self._give_back(reader)
+
+    def _take_reader(self) -> apsw.Connection:
+        with self._readers_lock:
+            self._open_writer()
+            if self._readers:
+                return self._readers.pop()
+        return self._connect(apsw.SQLITE_OPEN_READONLY)
+
+    def _give_back(self, reader: apsw.Connection) -> None:
+        with self._readers_lock:
+            if not self._closed and len(self._readers) < _IDLE_READERS:
+                self._readers.append(reader)
+                return
+        reader.close()

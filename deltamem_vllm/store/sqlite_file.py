@@ -1,9 +1,8 @@
 """The file of a SQLite store: made private, its errors translated."""
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import apsw
@@ -14,33 +13,46 @@ BUSY_SECONDS = 10.0
 """How long a lock held by another process is waited for."""
 
 
-@contextlib.contextmanager
-def translated(path: Path, what: str) -> Iterator[None]:
-    """SQLite's errors as ours, with the path and the remedy."""
-    try:
-        yield
-    except apsw.FullError as error:
-        raise StoreUnavailable(
-            f"cannot {what} {path}: the disk is full ({error}). Free space; nothing was changed"
-        ) from error
-    except (apsw.BusyError, apsw.LockedError) as error:
-        raise StoreUnavailable(
-            f"cannot {what} {path}: another process held its lock for {BUSY_SECONDS:g} s ({error})"
-        ) from error
-    except (apsw.NotADBError, apsw.CorruptError) as error:
-        if what == "open" and isinstance(error, apsw.NotADBError):
-            raise ConfigError(f"{path} is not a SQLite database. Choose another path") from error
-        message = f"cannot {what} {path}: {error}. Restore it from a backup"
-        raise CorruptRecord(message) from error
-    except (apsw.ReadOnlyError, apsw.PermissionsError, apsw.CantOpenError) as error:
-        raise StoreUnavailable(f"cannot {what} {path}: {error}. Make the file and its directory writable") from error
-    except apsw.IOError as error:
-        raise StoreUnavailable(
-            f"cannot {what} {path}: I/O error ({error}). Check the disk; to learn whether a commit"
-            " was applied, send it again"
-        ) from error
-    except apsw.Error as error:
-        raise StoreUnavailable(f"cannot {what} {path}: {type(error).__name__}: {error}") from error
+class translated:  # noqa: N801
+    """SQLite's errors inside the block as ours, with the path and the remedy. A class, because reads are short: a
+    generator costs as much as their look-up."""
+
+    __slots__ = ("_path", "_what")
+
+    def __init__(self, path: Path, what: str) -> None:
+        self._path, self._what = path, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, apsw.Error):
+            raise _ours(error, self._path, self._what) from error
+
+
+def _ours(error: apsw.Error, path: Path, what: str) -> Exception:
+    match error:
+        case apsw.FullError():
+            return StoreUnavailable(
+                f"cannot {what} {path}: the disk is full ({error}). Free space; nothing was changed"
+            )
+        case apsw.BusyError() | apsw.LockedError():
+            return StoreUnavailable(
+                f"cannot {what} {path}: another process held its lock for {BUSY_SECONDS:g} s ({error})"
+            )
+        case apsw.NotADBError() if what == "open":
+            return ConfigError(f"{path} is not a SQLite database. Choose another path")
+        case apsw.NotADBError() | apsw.CorruptError():
+            return CorruptRecord(f"cannot {what} {path}: {error}. Restore it from a backup")
+        case apsw.ReadOnlyError() | apsw.PermissionsError() | apsw.CantOpenError():
+            return StoreUnavailable(f"cannot {what} {path}: {error}. Make the file and its directory writable")
+        case apsw.IOError():
+            return StoreUnavailable(
+                f"cannot {what} {path}: I/O error ({error}). Check the disk; to learn whether a commit"
+                " was applied, send it again"
+            )
+        case _:
+            return StoreUnavailable(f"cannot {what} {path}: {type(error).__name__}: {error}")
 
 
 def create_private(path: Path) -> None:

@@ -65,6 +65,7 @@ MIGRATIONS = (
 """``MIGRATIONS[n]`` brings a file from ``user_version`` n to n+1. Entries are never edited, only added."""
 
 HEAD = "SELECT tenant, session, version, incarnation, request_id FROM sessions WHERE tenant = ? AND session = ?"
+WHERE_IS = "SELECT version, incarnation FROM sessions WHERE tenant = ? AND session = ?"
 KEPT = "SELECT tenant, session, version, request_id, bytes FROM versions WHERE tenant = ? AND session = ?"
 GET = """
     SELECT h.version, h.incarnation, h.request_id, CASE WHEN length(v.blob) <= ?1 THEN v.blob END

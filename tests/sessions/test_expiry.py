@@ -13,7 +13,7 @@ from deltamem_vllm.errors import SessionError, StoreUnavailable
 from deltamem_vllm.sessions import expiry, management
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.memory import MemoryStore
-from deltamem_vllm.store.protocol import Keys, Listing, Outcomes, Put, SessionKey
+from deltamem_vllm.store.protocol import Expect, Keys, Outcomes, Put, SessionKey, WouldWait
 from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, run, turn
 
 
@@ -25,12 +25,17 @@ class Aged(MemoryStore):
         self.age = 0.0
         self.put_error: Exception | None = None
         self.delete_error: Exception | None = None
-        self.history_error = False
+        self.head_error = False
 
-    def history(self, wanted: SessionKey, limit: int = 100) -> Listing:
-        if self.history_error:
+    def head(self, wanted: SessionKey) -> Expect | None:
+        if self.head_error:
             raise StoreUnavailable("away")
-        return super().history(wanted, limit)
+        return super().head(wanted)
+
+    def glance(self, wanted: SessionKey) -> Expect | None:
+        if self.head_error:
+            raise WouldWait
+        return super().glance(wanted)
 
     def put_many(self, puts: Sequence[Put]) -> Outcomes:
         if self.put_error is not None:
@@ -281,7 +286,7 @@ def test_another_servers_version_is_not_deleted() -> None:
         newer = dataclasses.replace(known, version=known.version + 1)
         assert store.put_many([(newer, known.expect)]) == [None]
         session = service.directory.get(key("s"))
-        store.history_error = True
+        store.head_error = True
         session.set_record(dataclasses.replace(known, updated_at=known.updated_at - 100))
         assert await as_seen(service, "s", "info") == 3
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from deltamem_vllm.names import Names
+from deltamem_vllm.sessions import histories
 from deltamem_vllm.sessions.grants import ZERO, cache_salt, state_digest
 from deltamem_vllm.sessions.windows import WRITE_ALL
 from deltamem_vllm.store.protocol import SessionKey
@@ -77,3 +78,9 @@ def test_digests_name_content() -> None:
     changed[1, 0, 1, 1] = np.nextafter(changed[1, 0, 1, 1], np.float32(np.inf))
     assert state_digest(changed) != state_digest(state)
     assert state_digest(state) != ZERO
+
+
+def test_the_digest_in_stored_attributes_stays_as_it_is() -> None:
+    """Earlier versions have written it into sessions: with another one clients would send a whole history again."""
+    state = np.arange(16, dtype=np.float32).reshape(2, 2, 2, 2)
+    assert histories.digest(state).hex() == "7eea301c14f5df2c"

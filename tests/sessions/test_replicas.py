@@ -1,12 +1,26 @@
 """Two servers on one store: a session moves between them, and a race is decided by its version."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from deltamem_vllm.sessions.service import SessionService
+from deltamem_vllm.store.protocol import Expect, SessionKey, WouldWait
+from deltamem_vllm.store.sqlite import SQLiteStore
 from tests.sessions.harness import Scenario, admit, drive_services, end_of, key, make_service, memory, on, run, turn
+
+
+@pytest.fixture(autouse=True, params=["at once", "by a thread"])
+def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the services ask where a session is: the second is what a busy or failing file makes of the first."""
+
+    def cannot_say(*_: object) -> None:
+        raise WouldWait
+
+    if request.param == "by a thread":
+        monkeypatch.setattr(SQLiteStore, "glance", cannot_say)
 
 
 def drive_two(folder: Path, scenario: Scenario) -> None:
@@ -71,3 +85,26 @@ def test_a_deletion_on_another_server_is_noticed(tmp_path: Path) -> None:
         np.testing.assert_array_equal(record.end, memory(None, [2]))
 
     drive_two(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_a_session_moves_between_servers,
+        test_readers_see_what_another_server_committed,
+        test_a_deletion_on_another_server_is_noticed,
+    ],
+)
+def test_catches_a_head_that_only_knows_this_servers_versions(
+    check: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PLANTED BUG: where a session is, is answered from what this process has written or read, not from the file."""
+
+    def remembered(store: SQLiteStore, wanted: SessionKey) -> Expect | None:
+        floor = store._verify.floor(wanted)
+        return Expect(floor[1], floor[0]) if floor is not None else None
+
+    for name in ("head", "glance"):
+        monkeypatch.setattr(SQLiteStore, name, remembered)
+    with pytest.raises(AssertionError):
+        check(tmp_path)

@@ -14,7 +14,7 @@ from deltamem_vllm.sessions import commits, reads, records
 from deltamem_vllm.sessions.reads import Reads
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.memory import MemoryStore
-from deltamem_vllm.store.protocol import Listing, Outcomes, Put, Record
+from deltamem_vllm.store.protocol import Expect, Outcomes, Put, Record
 from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, run, turn
 
 SESSIONS, WAIT, FAST = 24, 0.6, 0.3
@@ -22,7 +22,9 @@ SESSIONS, WAIT, FAST = 24, 0.6, 0.3
 
 
 class Slow(MemoryStore):
-    """Fails after a while, on every way."""
+    """Fails after a while, on every way; one that is not in this process, and cannot be glanced at."""
+
+    glance = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,9 +48,9 @@ class Slow(MemoryStore):
         self._fail()
         return super().get(wanted)
 
-    def history(self, wanted: Any, limit: int = 100) -> Listing:
+    def head(self, wanted: Any) -> Expect | None:
         self._fail()
-        return super().history(wanted, limit)
+        return super().head(wanted)
 
 
 @pytest.fixture(autouse=True)
@@ -133,10 +135,10 @@ def test_a_silent_store_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(records, "NOTICE_SECONDS", 0.1)
 
     class Silent(Slow):
-        def history(self, wanted: Any, limit: int = 100) -> Listing:
+        def head(self, wanted: Any) -> Expect | None:
             if self.away:
                 time.sleep(2.0)
-            return MemoryStore.history(self, wanted, limit)
+            return MemoryStore.head(self, wanted)
 
     store = Silent()
 
@@ -187,6 +189,34 @@ def test_one_read_at_a_time_finds_out() -> None:
         made.close()
 
     asyncio.run(scenario())
+
+
+def test_a_glance_that_takes_long_is_the_last_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that hangs holds up the event loop once, and then a thread."""
+    monkeypatch.setattr(reads, "AWAY_SECONDS", 0.3)
+
+    class Hangs(MemoryStore):
+        def glance(self, wanted: Any) -> Expect | None:
+            glances.append(time.monotonic())
+            time.sleep(reads.LONG_GLANCE if hanging else 0.0)
+            return super().glance(wanted)
+
+    glances: list[float] = []
+    hanging = True
+
+    async def scenario(service: SessionService) -> None:
+        nonlocal hanging
+        await turn(service, "s", [1], [0])
+        for _ in range(10):
+            assert (await admit(service, "s", [2], "read"))["version"] == 1
+        assert len(glances) == 1
+        hanging = False
+        await asyncio.sleep(0.4)
+        for _ in range(10):
+            assert (await admit(service, "s", [2], "read"))["version"] == 1
+        assert len(glances) == 11
+
+    drive(make_service(Hangs()), scenario)
 
 
 def test_a_store_that_fails_at_once_is_asked_every_time() -> None:

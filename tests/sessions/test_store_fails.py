@@ -15,7 +15,7 @@ from deltamem_vllm.errors import CapacityError, CorruptRecord, StaleVersion, Sto
 from deltamem_vllm.sessions import commits
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.memory import MemoryStore
-from deltamem_vllm.store.protocol import Listing, Outcomes, Put, Record
+from deltamem_vllm.store.protocol import Expect, Outcomes, Put, Record
 from tests.sessions.harness import SHAPE, admit, drive, end_of, key, make_service, memory, run, turn
 
 
@@ -264,15 +264,17 @@ def test_deleting_what_only_this_process_has_is_a_deletion() -> None:
 
 def test_a_reader_that_the_store_answers_late_does_not_take_the_session_back() -> None:
     class Late(Faulty):
-        """Answers ``history`` as of when it was asked, when it is let."""
+        """Answers ``head`` as of when it was asked, when it is let."""
+
+        glance = None  # type: ignore[assignment]
 
         def __init__(self) -> None:
             super().__init__()
             self.asked, self.answer = threading.Event(), threading.Event()
             self.late = False
 
-        def history(self, wanted: Any, limit: int = 100) -> Listing:
-            found = super().history(wanted, limit)
+        def head(self, wanted: Any) -> Expect | None:
+            found = super().head(wanted)
             if self.late:
                 self.late = False
                 self.asked.set()

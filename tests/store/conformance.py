@@ -23,7 +23,7 @@ import pytest
 
 from deltamem_vllm.errors import CorruptRecord, StaleVersion, StoreError, StoreUnavailable
 from deltamem_vllm.store.codec import PLAIN, encode
-from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore, new_incarnation
+from deltamem_vllm.store.protocol import Expect, Record, SessionKey, StateStore, WouldWait, new_incarnation
 from tests.store.records import KEY, record
 
 Open = Callable[..., StateStore]
@@ -178,6 +178,32 @@ def deletes(open_: Open) -> None:
     refused(store, record(2), record(1).expect)
 
 
+def says_where_a_session_is(open_: Open) -> None:
+    """By ``head`` and, where the store has it, by ``glance``: after every change, whoever made it."""
+    store, other = open_(), open_()
+    glances = [each.glance for each in (store, other) if getattr(each, "glance", None) is not None]  # type: ignore[attr-defined]
+
+    def where() -> Expect | None:
+        seen = [look(KEY) for look in (store.head, other.head, *glances)]
+        assert seen == seen[:1] * len(seen)
+        return seen[0]
+
+    assert where() is None
+    other.put(record(1, SessionKey("tenant", "sessions")), None)
+    other.put(record(1, SessionKey("tenants", "session")), None)
+    assert where() is None
+    for version in range(1, 8):
+        (store, other)[version % 2].put(record(version), record(version - 1).expect if version > 1 else None)
+        assert where() == record(version).expect
+    with pytest.raises(StaleVersion):
+        other.put(record(3, request_id="late"), record(2).expect)
+    assert where() == record(7).expect
+    assert other.delete(KEY)
+    assert where() is None
+    other.put(record(1, incarnation="ab" * 16), None)
+    assert where() == Expect(1, "ab" * 16)
+
+
 def lists_by_tenant_in_pages(open_: Open) -> None:
     store = open_()
     assert store.list("tenant") == []
@@ -265,6 +291,7 @@ def a_closed_store_says_so(open_: Open) -> None:
         lambda: store.put(record(2), record(1).expect),
         lambda: store.delete(KEY),
         lambda: store.list("tenant"),
+        lambda: store.head(KEY),
         lambda: store.history(KEY),
         lambda: store.get_version(KEY, 1),
         lambda: store.rollback(KEY, 1, record(1).expect, "r"),
@@ -277,6 +304,9 @@ def a_closed_store_says_so(open_: Open) -> None:
     ):
         with pytest.raises(StoreUnavailable, match="closed"):
             action()
+    if getattr(store, "glance", None) is not None:
+        with pytest.raises(WouldWait):
+            store.glance(KEY)  # type: ignore[attr-defined]
     assert [type(outcome) for outcome in store.put_many([(record(2), record(1).expect)])] == [StoreUnavailable]
 
 
@@ -340,6 +370,7 @@ CHECKS: list[Check] = [
     the_same_request_again_succeeds,
     a_group_answers_per_item,
     deletes,
+    says_where_a_session_is,
     lists_by_tenant_in_pages,
     lists_by_prefix,
     refuses_bad_keys,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from safetensors.numpy import save
 
 from deltamem_vllm.errors import CorruptRecord
@@ -18,7 +19,7 @@ from deltamem_vllm.store import codec, parts
 from deltamem_vllm.store.codec import decode, encode, parse_layout
 from deltamem_vllm.store.protocol import MAX_ATTRIBUTES_BYTES, Record, SessionKey
 from tests.conftest import NIGHTLY
-from tests.store.old_formats import format1
+from tests.store.old_formats import format1, format3
 from tests.store.records import INCARNATION, KEY, record
 
 MUTATIONS = 1_000_000 if NIGHTLY else 20_000
@@ -26,8 +27,10 @@ HEAD = struct.Struct("<8sHHIII")
 
 
 def reseal(body: bytes) -> bytes:
-    """A body with a right checksum: what someone who can write to the store would leave there."""
-    return body + hashlib.blake2b(body, digest_size=32, person=b"deltamem-rec").digest()
+    """A body with its format's right checksum: what someone who can write to the store would leave there."""
+    if int.from_bytes(body[8:10], "little") <= 4:
+        return body + hashlib.blake2b(body, digest_size=32, person=b"deltamem-rec").digest()
+    return body + blake3(body, derive_key_context="deltamem-vllm 2026-11-28 checksum of a session record").digest()
 
 
 def rebuild(
@@ -165,7 +168,7 @@ def test_decode_names_what_failed() -> None:
         return reseal(HEAD.pack(*(head | changes).values()) + body[HEAD.size :])
 
     def in_body(new: bytes, at: int) -> bytes:
-        body = codec.unpack(good, 3)[2]
+        body = bytes(codec.unpack(good, 5)[2])
         return rebuild(good, body=body[:at] + new + body[at + len(new) :])
 
     nan = {"base": state, "end": poisoned(math.nan)}
@@ -173,9 +176,10 @@ def test_decode_names_what_failed() -> None:
         (b"", "bytes"),
         (bytes(codec.MAX_RECORD_BYTES + 1), "bytes"),
         (with_head(magic=b"DMEMREC\r"), "magic"),
-        (with_head(version=4), "format 4.0; formats 1 and 3 are read here: it is encrypted"),
-        (with_head(version=5), "format 5.0; formats 1 and 3 are read here$"),
-        (with_head(reserved=1), "format 3.1"),
+        (with_head(version=6), "format 6.0; formats 1, 3 and 5 are read here: it is encrypted"),
+        (with_head(version=7), "format 7.0; formats 1, 3 and 5 are read here$"),
+        (with_head(reserved=1), "format 5.1"),
+        (with_head(version=3)[:-32] + good[-32:], "checksum"),
         (with_head(m=2**32 - 1), "metadata of 4294967295"),
         (with_head(w=1), "middle of 1 bytes; the limit is 0"),
         (with_head(version=1, w=2**31), "window of"),
@@ -289,10 +293,10 @@ def accepted(read: Callable[[bytes], Record], rounds: int) -> int:
     """How many of ``rounds`` damaged records ``read`` takes. Anything but CorruptRecord fails the test."""
     rng = random.Random(5)
     good = [encode(record(layout=layout)) for layout in ("L3H1r8", "L1H1r2")]
-    good.append(format1(record(layout="L1H1r2")))
+    good += [old(record(layout="L1H1r2")) for old in (format1, format3)]
     taken = 0
     for turn in range(rounds):
-        data = good[turn % 3]
+        data = good[turn % len(good)]
         bad = mutate(data, rng)
         if bad == data:
             continue
@@ -324,7 +328,7 @@ def test_fuzz_of_the_lengths_inside_a_body() -> None:
     """Every pair of lengths a hostile body can claim: bounded before anything is cut out, and what is taken has the
     same content as what was written."""
     rng = random.Random(6)
-    good = codec.unpack(encode(record(layout="L1H1r2")), 3)[2]
+    good = bytes(codec.unpack(encode(record(layout="L1H1r2")), 5)[2])
     window, attributes, payload = codec.split(good)
     sizes = [
         0,
@@ -360,5 +364,5 @@ def test_fuzz_catches_a_skipped_checksum(monkeypatch: pytest.MonkeyPatch) -> Non
         def __ne__(self, other: object) -> bool:
             return False
 
-    monkeypatch.setattr(codec, "checksum", lambda data: Anything(32))
+    monkeypatch.setattr(codec, "checksum", lambda *_: Anything(32))
     assert accepted(lambda data: decode(data, key=KEY), 2000) > 0

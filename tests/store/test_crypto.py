@@ -20,7 +20,7 @@ from deltamem_vllm.store.sqlite import SQLiteStore
 from deltamem_vllm.store.verify import Verifier
 from tests.conftest import NIGHTLY
 from tests.store import conformance, conformance_kept
-from tests.store.old_formats import format1, format2
+from tests.store.old_formats import format1, format2, format3
 from tests.store.records import KEY, record
 from tests.store.test_codec import mutate, reseal
 
@@ -82,25 +82,25 @@ def rows() -> list[Record]:
 def attack(stored: dict[int, bytes], at: int, rng: random.Random) -> bytes:
     """Bytes that an attacker without the key can make, for the row ``at``: never those that belong there."""
     own, other = stored[at], stored[rng.choice([each for each in stored if each != at])]
-    mine, theirs = (codec.unpack(each, 4) for each in (own, other))
+    mine, theirs = (codec.unpack(each, 6) for each in (own, other))
     match rng.randrange(8):
         case 0:  # another row's record
             return other
         case 1:  # another row's sealed bytes under this row's metadata, with their nonce
-            return codec.pack(4, mine[0], theirs[1], theirs[2])
+            return codec.pack(6, mine[0], theirs[1], theirs[2])
         case 2:  # … with this row's nonce
-            return codec.pack(4, mine[0], mine[1], theirs[2])
+            return codec.pack(6, mine[0], mine[1], theirs[2])
         case 3:  # this row's sealed bytes, its metadata changed
             field = rng.choice([b'"tokens":', b'"windows":', b'"updated_at":'])
-            return codec.pack(4, mine[0].replace(field, field + b"1"), mine[1], mine[2])
+            return codec.pack(6, mine[0].replace(field, field + b"1"), mine[1], mine[2])
         case 4:  # downgrade: an unencrypted record of the attacker's own
             made = rows()[at]
             made = dataclasses.replace(made, end=np.full(made.end.shape, rng.random(), np.float32))
-            return rng.choice((encode, format1))(made)
+            return rng.choice((encode, format1, format3))(made)
         case 5:  # the other row's metadata and sealed bytes, this row's key id and nonce
-            return codec.pack(4, theirs[0], mine[1], theirs[2])
+            return codec.pack(6, theirs[0], mine[1], theirs[2])
         case 6:  # this row's sealed bytes as those of another format
-            return codec.pack(2, *mine)
+            return codec.pack(rng.choice((2, 4)), *mine)
         case _:  # a bit of the sealed bytes
             bad = bytearray(own)
             bad[-33 - rng.randrange(len(mine[2]))] ^= 1 << rng.randrange(8)

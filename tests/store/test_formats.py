@@ -1,5 +1,5 @@
-"""From the formats without attributes to those with them: what is stored is read, upgraded by ``reencrypt``, and
-cannot be passed off as another format."""
+"""From formats without attributes, and from those with another checksum, to the present ones: what is stored is read,
+upgraded by ``reencrypt``, and cannot be passed off as another format."""
 
 import itertools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from deltamem_vllm.store.redis import RedisStore
 from deltamem_vllm.store.sqlite import SQLiteStore
 from tests.store import conformance
 from tests.store.conformance_kept import commit
-from tests.store.old_formats import OldCodec, format1, format2
+from tests.store.old_formats import OldCodec, format1, format2, format3, format4
 from tests.store.records import KEY, record
 from tests.store.test_crypto import A, B
 
@@ -48,23 +48,24 @@ def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Reopen:
             return lambda codec: SQLiteStore(tmp_path / "s.db", codec=codec)
 
 
+@pytest.mark.parametrize("old", [b"", b"as they were"], ids=["without attributes", "with attributes"])
 @pytest.mark.parametrize("sealed", [False, True], ids=["plain", "sealed"])
-def test_reencrypt_upgrades_the_old_formats(reopen: Reopen, sealed: bool) -> None:
+def test_reencrypt_upgrades_the_old_formats(reopen: Reopen, sealed: bool, old: bytes) -> None:
     keys = [SessionKey(tenant, "s") for tenant in ("one", "two")]
-    store = reopen(OldCodec(A if sealed else None))
+    store = reopen(OldCodec(A if sealed else None, attributes=bool(old)))
     for key in keys:
-        commit(store, 2, key, attributes=b"")
+        commit(store, 2, key, attributes=old)
     store.close()
 
     store = reopen(SealedCodec(A) if sealed else PLAIN)
     for key, version in itertools.product(keys, (1, 2)):  # read before the upgrade
-        assert conformance.same(store.get_version(key, version), record(version, key, attributes=b""))
+        assert conformance.same(store.get_version(key, version), record(version, key, attributes=old))
     store.put(record(3, keys[0], attributes=FACTS), record(2).expect)
     assert store.reencrypt(batch=2) == 4
     assert store.reencrypt(batch=2) == 0
     for key in keys:
         last = 3 if key == keys[0] else 2
-        made = [record(version, key, attributes=FACTS if version == 3 else b"") for version in range(1, last + 1)]
+        made = [record(version, key, attributes=FACTS if version == 3 else old) for version in range(1, last + 1)]
         for each in made:
             assert conformance.same(store.get_version(key, each.version), each)
         sizes = [conformance.size_in(store, each) for each in reversed(made)]
@@ -90,9 +91,9 @@ def test_attributes_of_another_version_do_not_open() -> None:
     """An attacker who can write to the store cannot give a session the attributes it had before."""
     sealed = SealedCodec(A)
     old, new = (sealed.encode(record(version, attributes=FACTS * (version == 1))) for version in (1, 2))
-    mine, theirs = codec.unpack(new, 4), codec.unpack(old, 4)
+    mine, theirs = codec.unpack(new, 6), codec.unpack(old, 6)
     with pytest.raises(CorruptRecord, match="does not open"):
-        sealed.decode(codec.pack(4, mine[0], theirs[1], theirs[2]))
+        sealed.decode(codec.pack(6, mine[0], theirs[1], theirs[2]))
 
 
 def relabelled(data: bytes, form: int) -> bytes:
@@ -103,15 +104,24 @@ def relabelled(data: bytes, form: int) -> bytes:
 def test_a_record_cannot_be_passed_off_as_another_format(window: bytes) -> None:
     made = record(1, window=window)
     sealed = SealedCodec(A, accept_plain=True)
-    for data, form in ((sealed.encode(made), 2), (format2(made, A), 4)):
+    plain = {1: format1(made), 3: format3(made), 5: encode(made)}
+    closed = {2: format2(made, A), 4: format4(made, A), 6: sealed.encode(made)}
+    for form, other in itertools.permutations(closed, 2):
         with pytest.raises(CorruptRecord, match="does not open"):
-            sealed.decode(relabelled(data, form))
-    for data, form in ((encode(made), 1), (format1(made), 3)):
+            sealed.decode(relabelled(closed[form], other))
+    for form, other in itertools.permutations(plain, 2):
+        if {form, other} == {3, 5}:  # one content in two frames: whoever makes the checksum anew has changed nothing
+            assert conformance.same(decode(relabelled(plain[form], other)), made)
+            continue
         with pytest.raises(CorruptRecord):
-            decode(relabelled(data, form))
-    for data, form in ((sealed.encode(made), 3), (sealed.encode(made), 1), (encode(made), 4), (encode(made), 2)):
+            decode(relabelled(plain[form], other))
+    for (_, data), other in [*itertools.product(closed.items(), plain), *itertools.product(plain.items(), closed)]:
         with pytest.raises(CorruptRecord):
-            sealed.decode(relabelled(data, form))
+            sealed.decode(relabelled(data, other))
+    for form, data in (plain | closed).items():  # the number alone
+        for other in {1, 2, 3, 4, 5, 6} - {form}:
+            with pytest.raises(CorruptRecord):
+                sealed.decode(data[:8] + bytes([other]) + data[9:])
 
 
 def test_relabelling_catches_a_seal_that_does_not_vouch_for_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,11 +157,11 @@ def test_every_bound_fits_into_a_record() -> None:
 
 def test_unencrypted_records_of_either_format_need_accept_plain() -> None:
     made: Record = record(1, attributes=b"")
-    for data in (format1(made), encode(made)):
+    for data in (format1(made), format3(made), encode(made)):
         with pytest.raises(CorruptRecord, match="is not encrypted, and the store has a key"):
             SealedCodec(A).decode(data)
         assert conformance.same(SealedCodec(A, accept_plain=True).decode(data), made)
-    for data in (format2(made, A), SealedCodec(A).encode(made)):
+    for data in (format2(made, A), format4(made, A), SealedCodec(A).encode(made)):
         assert conformance.same(SealedCodec(A).decode(data, key=KEY), made)
         with pytest.raises(CorruptRecord, match="it is encrypted, give the store its key"):
             decode(data)
@@ -160,8 +170,10 @@ def test_unencrypted_records_of_either_format_need_accept_plain() -> None:
 def test_only_the_present_formats_are_current() -> None:
     made = record()
     assert not PLAIN.current(format1(made))
+    assert not PLAIN.current(format3(made))
     assert PLAIN.current(encode(made))
     assert not SealedCodec(A).current(format2(made, A))
+    assert not SealedCodec(A).current(format4(made, A))
     assert not SealedCodec(B).current(SealedCodec(A).encode(made))
     assert SealedCodec(A).current(SealedCodec(A).encode(made))
     assert not SealedCodec(A).current(encode(made))

@@ -229,9 +229,7 @@ def test_model_catches(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(record: Any, expect: Any, size: int, view: ledger.View, usage: Any, quota: Any, keep: int) -> Any:
         if bug == "kept":
             newest = view.head[0] if view.head else 0
-            view = dataclasses.replace(
-                view, kept={v: (r if v == newest else "?", s) for v, (r, s) in view.kept.items()}
-            )
+            view = view._replace(kept={v: (r if v == newest else "?", s) for v, (r, s) in view.kept.items()})
         return real(record, expect, size, view, usage, Quota() if bug == "quota" else quota, keep + (bug == "keep"))
 
     monkeypatch.setattr("deltamem_vllm.store.memory.decide", wrong)
