@@ -17,6 +17,8 @@ from deltamem_vllm.sessions.attributes import Chain, Point
 
 ROOT = b"\0" * 8
 """The link of no messages."""
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
+"""Made once: a long history has thousands of messages, and ``json.dumps`` would make one for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def canonical(message: Any) -> bytes:
         "answers": said.get("tool_call_id"),
     }
     kept = {name: value for name, value in known.items() if value}
-    return json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+    return _ENCODER.encode(kept).encode("utf-8", "surrogatepass")
 
 
 def links(messages: Sequence[Any]) -> list[bytes]:

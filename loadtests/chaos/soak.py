@@ -2,8 +2,9 @@
 
 New sessions, turns of old ones, readers and deletions, as fast as the server answers. Its host memory for sessions and
 its KV cache (whose pages become resident when a block is used for the first time) are so small that they are full
-within the warm-up; what grows after that grows for ever. ``--alone`` sends the same completions to vLLM without a
-memory: what grows there as well is not ours.
+within the warm-up. A cache of oneDNN's, which fills for far longer, is switched off (see `ENVIRONMENT`). What grows
+after that grows for ever. ``--alone`` sends the same completions to vLLM without a memory: what grows there as well is
+not ours.
 """
 
 import asyncio
@@ -21,6 +22,10 @@ from loadtests.chaos.cluster import Cluster, serving, talking
 from loadtests.chaos.scripts import Script
 
 HOST, BLOCKS = "4MiB", "512"
+CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+ENVIRONMENT = {CACHE: os.environ.get(CACHE, "0")}
+"""oneDNN keeps up to 1,024 compiled products, one for each shape of a weight and number of tokens in a step; it grows
+until every number has come. What vLLM's layers keep of them themselves stays on. The caller's own value is taken."""
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -159,5 +164,5 @@ def run(size: Size, folder: Path) -> Report:
             return await campaign(cluster, size)
 
     ours = () if size.alone else ("--deltamem-host-bytes", HOST)
-    with serving([place], "--num-gpu-blocks-override", BLOCKS, *ours, alone=size.alone) as servers:
+    with serving([place], "--num-gpu-blocks-override", BLOCKS, *ours, env=ENVIRONMENT, alone=size.alone) as servers:
         return asyncio.run(inner())

@@ -13,7 +13,7 @@ from tests.conftest import NIGHTLY
 from tests.server.talk import API_KEY, Talk, new_session
 
 ROOT = "/v1/sessions"
-EXAMPLES = 200 if NIGHTLY else 8
+EXAMPLES = 200 if NIGHTLY else 5
 
 
 def operations(server: VllmServer) -> Iterator[Any]:

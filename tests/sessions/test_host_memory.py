@@ -17,10 +17,10 @@ from deltamem_vllm.sessions.service import SessionService
 from tests.conftest import NIGHTLY
 from tests.sessions.harness import admit, drive, end_of, key, make_service, memory, turn
 
-IDS = 1_000_000 if NIGHTLY else 50_000
+IDS = 1_000_000 if NIGHTLY else 30_000
 BUDGET = 16 << 20
 FLAT = 8 << 20
-"""Bytes by which the process may grow after the first fifth. A leak of one session's worth per id makes it 100 MB."""
+"""Bytes by which the process may grow after the first fifth. A leak of a session's worth per id makes it some 60 MB."""
 GROUP = 64
 ROOT = Path(__file__).parents[2]
 

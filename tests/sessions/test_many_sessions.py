@@ -15,7 +15,7 @@ from tests.sessions.harness import ADAPTER, LAYOUT, MODEL, TENANT, admit, drive,
 from tests.store import services
 from tests.store.records import record
 
-SESSIONS = 100_000 if NIGHTLY else 20_000
+SESSIONS = 100_000 if NIGHTLY else 5_000
 GROUP = 1000
 READY_SECONDS = 2.0
 

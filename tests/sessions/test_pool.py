@@ -20,7 +20,7 @@ from tests.conftest import NIGHTLY
 from tests.sessions.harness import make_service
 from tests.sessions.pooling import STATE, World, canary, make_pool, page_of, wander, whose, write_page
 
-OPERATIONS = 100_000 if NIGHTLY else 10_000
+OPERATIONS = 100_000 if NIGHTLY else 5_000
 
 
 @pytest.fixture(autouse=True)
