@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loadtests.overhead import SHARE
-
 Results = Mapping[str, list[dict[str, Any]]]
 """By benchmark, its rows."""
 
@@ -59,7 +57,7 @@ def _added(what: str, accept: float, row: str) -> Goal:
 
 
 def _lora(what: str, accept: float, row: str) -> Goal:
-    return Goal(what, "", accept, value("overhead", "lora / memory", what=f"{row}, {SHARE} layers"), True)
+    return Goal(what, "", accept, value("overhead", "lora / memory", what=f"{row}, beside LoRA"), True)
 
 
 def _elided(tokens: int, accept: float) -> Goal:

@@ -1,18 +1,22 @@
 """What the memory adds to a token: vLLM alone, with the memory, with LoRA; engines that take turns.
 
-    python -m loadtests.overhead [--rounds 9] [--tokens 16] [--batches 1,8] [--prompts 128,2048] [--layers 28] [--eager]
+    python -m loadtests.overhead [--starts 5] [--rounds 5] [--tokens 16] [--batches 1,8] [--prompts 128,2048] [--layers 8]
 
-A model of Qwen3-0.6B's shape with random weights on the CPU. Every arm is an engine of its own, as users start it
-(compiled; vLLM does not compile with LoRA on a CPU); vanilla runs twice, which shows the noise. In each round every arm
-runs the same batch, and arms change after every step; a figure is the median of an arm's ratios to vanilla in the same
-step. LoRA and the plain torch loop, for which small differences do not matter, are compared with 8 of the layers and as
-large a share of the vocabulary, so that four more engines need not fit beside each other.
+Layers of Qwen3-0.6B's shape with random weights on the CPU: 8 of its 28, and as large a share of its vocabulary, so
+that engines fit beside each other and a percentage is that of the whole (what a step costs beside its layers weighs
+more than in the whole). Every arm is an engine of its own, as users start it (compiled; vLLM does not compile with LoRA
+on a CPU). In each round every arm runs the same batch, and arms change after every step.
+
+Two engines that are the same differ by percents, for as long as they live: by where their memory lies. So engines are
+started anew several times. A figure is the mean over the starts of the median of an arm's ratios to vanilla in the same
+step; vanilla runs twice, and the same figure of its second engine shows what is left of the noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +31,8 @@ from deltamem_vllm.report.random import QWEN3_0_6B, Size, write_adapter, write_l
 
 VANILLA, MEMORY, AGAIN, LORA, LOOP = "vanilla", "memory", "vanilla again", "lora", "plain torch loop"
 CLOSE, FAR = (VANILLA, MEMORY, AGAIN), (VANILLA, MEMORY, LORA, LOOP)
-"""Arms that differ by percents, and those that do not."""
-SHARE = 8
-"""Layers of the model by which the latter are compared."""
+"""Arms that differ by percents, and those that differ by so much that one start tells."""
+LAYERS = 8
 CONTEXT = 64
 """Tokens of the prompts behind which time per token is measured."""
 
@@ -78,43 +81,59 @@ def row(what: str, took: Took, figure: Figure) -> dict[str, Any]:
     return values
 
 
+def mean(starts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of several starts as one: means of their figures."""
+    return [
+        {
+            name: value if isinstance(value, str) else statistics.fmean(row[name] for row in rows)
+            for name, value in rows[0].items()
+        }
+        for rows in zip(*starts, strict=True)
+    ]
+
+
 def run(
     batches: Sequence[int] = (1, 8),
     prompts: Sequence[int] = (128, 2048),
-    layers: int = QWEN3_0_6B.layers,
+    layers: int = LAYERS,
     tokens: int = 16,
-    rounds: int = 9,
+    rounds: int = 5,
+    starts: int = 5,
     eager: bool = False,
 ) -> list[dict[str, Any]]:
-    """Start the arms and measure; see `measure` for what is returned, first of the close arms, then of the far ones."""
+    """Start the arms and measure; rows as of `measure`, those of the close arms first. Time to the first token is not
+    measured of the far ones: they have no goal for it, and take minutes."""
+    size = QWEN3_0_6B.share(layers)
     options: dict[str, Any] = {
         "dtype": "float32", "max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": 512, "seed": 0,
         "enforce_eager": eager,
     }  # fmt: skip
-    found = []
-    for names, part, lengths in ((CLOSE, layers, prompts), (FAR, min(SHARE, layers), ())):
-        size = QWEN3_0_6B.share(part)
+
+    def once(names: Sequence[str], lengths: Sequence[int]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             known = setups(Path(folder), size, options)
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
-            rows = measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
-        found += rows if names is CLOSE else [{**each, "what": f"{each['what']}, {part} layers"} for each in rows]
-    return found
+            return measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
+
+    close = mean([once(CLOSE, prompts) for _ in range(starts)])
+    far = once(FAR, ())
+    return close + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--prompts", default="128,2048")
-    parser.add_argument("--layers", type=int, default=QWEN3_0_6B.layers)
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     given = parser.parse_args()
     batches, prompts = ([int(x) for x in text.split(",") if x] for text in (given.batches, given.prompts))
     console = Console()
-    for each in run(batches, prompts, given.layers, given.tokens, given.rounds, given.eager):
+    for each in run(batches, prompts, given.layers, given.tokens, given.rounds, given.starts, given.eager):
         values = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in each.values())
         table = Table(*each)
         table.add_row(*values)

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from loadtests import goals, hooks, plot, sessions
+from loadtests import goals, hooks, overhead, plot, sessions
 from loadtests.__main__ import PARTS, markdown
-from loadtests.overhead import SHARE
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "operators": [
@@ -25,7 +24,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "overhead": [
         *({"what": what, "vanilla ms": 50.0, "memory %": 1.25, "vanilla again %": 0.1}
           for what in ("TPOT, B=1", "TPOT, B=8", "TTFT, 128 tokens", "TTFT, 2048 tokens")),
-        *({"what": f"TPOT, B={batch}, {SHARE} layers", "vanilla ms": 50.0, "memory %": 9.0, "lora / memory": 1.15}
+        *({"what": f"TPOT, B={batch}, beside LoRA", "vanilla ms": 50.0, "memory %": 9.0, "lora / memory": 1.15}
           for batch in (1, 8)),
     ],
     "history": [{"turn": 10, "full ms": 5.0, "elide ms": 4.0}, {"turn": 20, "full ms": 9.0, "elide ms": 4.0}],
@@ -68,6 +67,11 @@ def test_a_figure_within_the_noise_says_nothing(again: float, said: str) -> None
     row = {"what": "TPOT, B=1", "vanilla ms": 50.0, "memory %": -2.0, "vanilla again %": again, "lora / memory": 1.5}
     line = next(line for line in goals.table({"overhead": [row]}) if line.startswith("| time per token, 1 request"))
     assert line.endswith(f"| -2.00 | {said} |")
+
+
+def test_starts_are_averaged() -> None:
+    starts = [[{"what": "TTFT", "vanilla ms": 2.0, "memory %": percent}] for percent in (-1.0, 4.0)]
+    assert overhead.mean(starts) == [{"what": "TTFT", "vanilla ms": 2.0, "memory %": 1.5}]
 
 
 def test_a_picture_where_an_arm_was_not_measured(tmp_path: Path) -> None:
