@@ -1,6 +1,6 @@
 """What the memory adds to a token: vLLM alone, with the memory, with LoRA; engines that take turns.
 
-    python -m loadtests.overhead [--starts 5] [--rounds 5] [--tokens 16] [--batches 1,8] [--prompts 128,2048] [--layers 8]
+    python -m loadtests.overhead [--starts 5] [--rounds 5] [--batches 1,8] [--prompts 128,2048] [--layers 8]
 
 Layers of Qwen3-0.6B's shape with random weights on the CPU: 8 of its 28, and as large a share of its vocabulary, so
 that engines fit beside each other and a percentage is that of the whole (what a step costs beside its layers weighs

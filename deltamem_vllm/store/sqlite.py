@@ -51,8 +51,11 @@ from deltamem_vllm.store.verify import Verifier
 
 _Rows = list[Any]  # here, because ``list`` is a method of the store
 _IDLE_READERS = 8
+_PAGE_BYTES = 8192
+"""Of a new file. A record of some 20 KB then takes three pages and not six; a lone commit, which changes a few small
+rows, is no slower."""
 _LOG_PAGES = 4000
-"""After so many pages (16 MiB) a commit also folds the log into the file and syncs both. Each page that several commits
+"""After so many pages (32 MiB) a commit also folds the log into the file and syncs both. Each page that several commits
 have changed is then written once, so that seldom is cheaper."""
 _APPLICATION_ID = 0x444D454D  # "DMEM", so that file(1) and we can tell whose database it is
 
@@ -281,6 +284,7 @@ class SQLiteStore:
         """Switch to WAL, set what makes commits durable and deletes final, bring the schema up to date."""
         writer = self._writer
         self._schema()  # before anything is changed: the file may be another program's
+        writer.execute(f"PRAGMA page_size = {_PAGE_BYTES}").fetchall()  # a file that has pages keeps theirs
         retry_busy(lambda: writer.execute("PRAGMA journal_mode = WAL").fetchall())
         for setting in (
             "synchronous = FULL",
