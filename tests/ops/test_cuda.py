@@ -132,7 +132,7 @@ def test_duplicates_of_a_prefix_are_mixed(ops: PagedOps, order: tuple[int, ...])
 @few
 @pytest.mark.parametrize("seed", range(4))
 def test_any_schedule_gives_the_reads_of_one_whole_scan(ops: PagedOps, shape: MemoryShape, seed: int) -> None:
-    schedules.test_any_schedule_gives_the_reads_of_one_whole_scan(ops, shape, seed)
+    schedules.test_any_schedule_gives_the_reads_of_one_whole_scan(ops, shape, False, seed)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-5, 1e-2, 1.0, 30.0, 1e4])

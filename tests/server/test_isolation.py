@@ -14,8 +14,9 @@ import httpx
 import pytest
 
 from deltamem_vllm.names import Names
+from tests.conftest import NIGHTLY
 from tests.server import guarded as setup
-from tests.server.guarded import FACT, MARK, NIGHTLY, SECRET, Guarded, new_id, probe, share, traces
+from tests.server.guarded import FACT, MARK, SECRET, Guarded, new_id, probe, share, traces
 from tests.server.talk import Talk, chat, completion, distance, ok, outcome, refused
 from tests.tolerances import SAME_MEMORY
 
