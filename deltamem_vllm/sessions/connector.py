@@ -174,7 +174,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     @_guarded(lambda: None)
     def _carry_out(self, step: Any) -> None:
         assert self._worker is not None
-        self._worker.carry_out(step)
+        if not step.empty:
+            self._worker.carry_out(step)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         assert self._worker is not None
@@ -183,6 +184,11 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> Answer | None:
         assert self._worker is not None
         return self._worker.take_answer()
+
+    def has_connector_metadata(self) -> bool:
+        # Asked by every attention layer of every step, to know whether its keys and values are to be transferred. What
+        # a step's metadata orders has been carried out before the first of them.
+        return False
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         return

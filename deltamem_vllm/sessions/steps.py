@@ -65,6 +65,11 @@ class Step(KVConnectorMetadata):
     marks: list[Mark] = field(default_factory=list)
     release: list[str] = field(default_factory=list)  # held requests whose blocks may be freed without a commit
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is ordered, as in most steps."""
+        return not (self.commits or self.zero or self.seeds or self.marks or self.release)
+
 
 @dataclass
 class Answer(KVConnectorWorkerMetadata):
