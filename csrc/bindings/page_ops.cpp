@@ -18,7 +18,7 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
                int64_t block_size, int64_t num_reqs, int64_t packed_shape) {
   const deltamem::Shape shape = make_shape(packed_shape);
   const StepBatch batch = {block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs};
-  deltamem::ScanArgs args = scan_args(shape, make_pages(shape, pages, block_size), pages.size(0), batch, projected.size(0));
+  deltamem::ScanArgs args = scan_args(make_pages(shape, pages, block_size), pages.size(0), batch, projected.size(0));
   set_rows(shape, projected, bias, reads, args);
   const deltamem::Plan plan = deltamem::make_plan(shape, args, pages.size(0), torch::stable::get_num_threads());
   run(shape, args, plan, projected.size(0));

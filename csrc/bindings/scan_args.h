@@ -70,8 +70,7 @@ struct StepBatch {
 };
 
 // A step without its rows; tokens: as many as there will be.
-inline deltamem::ScanArgs scan_args(const deltamem::Shape&, const deltamem::Pages& pages, int64_t num_blocks,
-                                    const StepBatch& batch, int64_t tokens) {
+inline deltamem::ScanArgs scan_args(const deltamem::Pages& pages, int64_t num_blocks, const StepBatch& batch, int64_t tokens) {
   const auto& [block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs] = batch;
   check("block_table", block_table, ScalarType::Int, {-1, -1});
   check("query_start_loc", query_start_loc, ScalarType::Int, {-1});

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
 #include <vector>
 
 #include "scan_args.h"
@@ -47,7 +48,7 @@ void scan_first(const Tensor& projected, const Tensor& bias, const Tensor& addre
   step.addresses.assign(first, first + addresses.size(0));
   const deltamem::Pages pages = {reinterpret_cast<float*>(step.addresses[0]), page_stride, block_size, page_width};
   step.tokens = projected.size(0);
-  step.args = scan_args(step.shape, pages, num_blocks, {block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs},
+  step.args = scan_args(pages, num_blocks, {block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs},
                         step.tokens);
   set_rows(step.shape, projected, bias, reads, step.args);
   step.plan = deltamem::make_plan(step.shape, step.args, num_blocks, torch::stable::get_num_threads());

@@ -13,6 +13,7 @@ from vllm.forward_context import get_forward_context
 
 from deltamem_vllm.ops.dispatch import Preference, select
 from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.native import NativeOps
 from deltamem_vllm.ops.paged import PagedOps
 
 OP = "deltamem::scan"
@@ -42,7 +43,7 @@ def scan(pages: Any, projected: torch.Tensor, bias: torch.Tensor, reads: torch.T
         pages: the layer's `StatePages`.
     """
     if pages.place:
-        torch.ops.deltamem_native.scan_next(projected, bias, reads, pages.place)
+        NativeOps.scan_next(projected, bias, reads, pages.place)
     else:
         torch.ops.deltamem.scan(projected, bias, reads, pages.prefix)
 

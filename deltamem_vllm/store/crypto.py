@@ -9,8 +9,8 @@ Format 6 of a record (see ``codec`` for the frame, its bounds and its checksum):
 
 The associated data are all bytes before ``sealed``. So sealed bytes that are moved under another session, another
 version, another key id or another format do not open. Formats 2 and 4 are read, never written: 4 has another checksum,
-2 came before attributes and seals window length u32 | window | payload. A row put
-back as it was before is what ``verify`` looks for.
+2 came before attributes and seals window length u32 | window | payload. A row put back as it was before is what
+``verify`` looks for.
 
 Keys come from a :class:`KeyRing`: the first one writes, all of them read. To rotate: put a new key in front,
 restart the servers, run ``reencrypt``, remove the old key. One key should seal at most 2**32 records, the usual
