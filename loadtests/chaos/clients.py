@@ -2,6 +2,7 @@
 became of them."""
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class Door:
         ledger: what clients are told goes there.
         patience: seconds after which a client gives up on a turn.
         asking: sessions whose request a server is carrying out now, by server.
-        open: while it is not set, clients wait before their next turn.
+        most: so many turns are acknowledged before clients wait with their next one; those under way go on.
     """
 
     http: aiohttp.ClientSession
@@ -40,14 +41,21 @@ class Door:
     model: str = "m"
     seed: int = 0
     patience: float = 120.0
+    most: float = math.inf
     asking: list[set[str]] = field(init=False)
-    open: asyncio.Event = field(init=False)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.asking = [set() for _ in self.urls]
-        self.open = asyncio.Event()
-        self.open.set()
+
+    async def enter(self) -> None:
+        """Wait until a further turn may be begun."""
+        while self.ledger.acknowledged >= self.most:
+            await asyncio.sleep(0.01)
+
+    def let_everybody_in(self) -> None:
+        """No client waits any longer."""
+        self.most = math.inf
 
 
 @dataclass
@@ -138,7 +146,7 @@ async def take_turns(clients: Sequence[Client], turns: int, workers: int, pace: 
     async def work() -> None:
         while not left.empty():
             client = left.get_nowait()
-            await client.door.open.wait()
+            await client.door.enter()
             if client.lock.locked():  # somebody else sends its turn
                 await asyncio.sleep(PAUSE)
             elif client.turn < turns:

@@ -29,8 +29,8 @@ class Size:
 
     Attributes:
         every: seconds from one kill to the next; longer where the killed server does not serve again by then.
-        kills: exactly so many, spread over the turns, which wait while a server starts; None: one after the other,
-            ``every`` seconds apart, as long as there are turns.
+        kills: exactly so many, spread over the turns, of which each leaves enough for the next; None: one after the
+            other, ``every`` seconds apart, as long as there are turns.
         last_stays_down: the server that is killed last is not started again.
         workers: requests under way at a time.
         lease: seconds, as in the store's URL.
@@ -152,8 +152,10 @@ async def _keep_killing(
             since = time.monotonic() - kills[-1].at if kills else 0.0
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(over.wait(), max(0.01, size.every - since))
-        else:
-            while door.ledger.acknowledged < everything * (len(kills) + 1) // (size.kills + 1) and not over.is_set():
+        else:  # half of the turns up to the next kill are for the time until this one's server serves again
+            part = everything / (size.kills + 1)
+            door.most = (len(kills) + 1.5) * part
+            while door.ledger.acknowledged < (len(kills) + 1) * part and not over.is_set():
                 await asyncio.sleep(0.01)
         if over.is_set():
             return
@@ -162,10 +164,7 @@ async def _keep_killing(
         kills.append(kill)
         if not again:
             return
-        if size.kills is not None:  # there are turns for so many kills, not for the time that servers take to start
-            door.open.clear()
         await asyncio.to_thread(cluster.servers[number].wait_ready)
-        door.open.set()
         kill.ready = time.monotonic() - kill.at
 
 
@@ -178,6 +177,7 @@ async def campaign(cluster: Cluster, size: Size, label: str = "replicas") -> Rep
     kills: list[Kill] = []
     over, begun = asyncio.Event(), time.monotonic()
     killing = asyncio.create_task(_keep_killing(cluster, clients, size, kills, over))
+    killing.add_done_callback(lambda _: cluster.door.let_everybody_in())  # if it failed, too
     try:
         await take_turns(list(clients.values()), size.turns, size.workers, size.pace)
     finally:
