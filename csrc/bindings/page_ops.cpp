@@ -19,15 +19,15 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
   const deltamem::Shape shape = make_shape(packed_shape);
   const StepBatch batch = {block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs};
   deltamem::ScanArgs args = scan_args(make_pages(shape, pages, block_size), pages.size(0), batch, projected.size(0));
-  set_rows(shape, projected, bias, reads, args);
+  set_rows(shape, {std::nullopt, projected, bias, std::nullopt, 0, reads}, args);
   const deltamem::Plan plan = deltamem::make_plan(shape, args, pages.size(0), torch::stable::get_num_threads());
   run(shape, args, plan, projected.size(0));
 }
 
 void activate(const Tensor& projected, const Tensor& bias, const Tensor& q, const Tensor& log, int64_t packed_shape) {
   const deltamem::Shape shape = make_shape(packed_shape);
-  const deltamem::Dtype dtype = dtype_of(projected);
-  check_projected(shape, projected);
+  const deltamem::Dtype dtype = dtype_of("projected", projected);
+  check_rows("projected", projected, shape.projected_columns());
   check("bias", bias, ScalarType::Float, {shape.gate_columns()});
   check("q", q, ScalarType::Float, {projected.size(0), shape.width()});
   check("log", log, ScalarType::Float, {projected.size(0), shape.log_columns()});

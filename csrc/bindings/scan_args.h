@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
+#include <string>
+
 #include "../cpu/plan.h"
 #include "cpu_checks.h"
 
@@ -18,12 +21,12 @@ inline deltamem::Pages make_pages(const deltamem::Shape& shape, const Tensor& pa
   return {static_cast<float*>(pages.data_ptr()), pages.stride(0), block_size, pages.size(1)};
 }
 
-inline deltamem::Dtype dtype_of(const Tensor& projected) {
-  switch (projected.scalar_type()) {
+inline deltamem::Dtype dtype_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
     case ScalarType::Float: return deltamem::Dtype::f32;
     case ScalarType::BFloat16: return deltamem::Dtype::bf16;
     case ScalarType::Half: return deltamem::Dtype::f16;
-    default: throw std::runtime_error("projected: expected float32, bfloat16 or float16");
+    default: throw std::runtime_error(std::string(name) + ": expected float32, bfloat16 or float16");
   }
 }
 
@@ -34,12 +37,13 @@ inline void in_parallel(int64_t count, void (*body)(void*, int64_t), void* conte
   });
 }
 
-inline void check_projected(const deltamem::Shape& shape, const Tensor& projected) {
-  check("projected", projected, projected.scalar_type(), {-1, shape.projected_columns()});
-  const bool overlap = projected.size(0) > 1 && projected.stride(0) < shape.projected_columns();
-  require(projected.size(0) == 0 || (projected.stride(1) == 1 && !overlap),
-          "projected: the columns of a row must be contiguous and rows must not overlap, got strides ",
-          projected.stride(0), ", ", projected.stride(1));
+// Rows that a kernel can walk; -1 stands for any number of columns.
+inline void check_rows(const char* name, const Tensor& rows, int64_t columns) {
+  check(name, rows, rows.scalar_type(), {-1, columns});
+  const bool overlap = rows.size(0) > 1 && rows.stride(0) < rows.size(1);
+  require(rows.size(0) == 0 || (rows.stride(1) == 1 && !overlap), name,
+          ": the columns of a row must be contiguous and rows must not overlap, got strides ", rows.stride(0), ", ",
+          rows.stride(1));
 }
 
 // Every index that the kernel will follow; throws before anything has changed.
@@ -91,26 +95,71 @@ inline deltamem::ScanArgs scan_args(const deltamem::Pages& pages, int64_t num_bl
   return args;
 }
 
-// The rows of one layer: what it reads of a step, and where its reads go.
-inline void set_rows(const deltamem::Shape& shape, const Tensor& projected, const Tensor& bias, const Tensor& reads,
-                     deltamem::ScanArgs& args) {
-  args.dtype = dtype_of(projected);
-  check_projected(shape, projected);
-  check("bias", bias, ScalarType::Float, {shape.gate_columns()});
-  check("reads", reads, ScalarType::Float, {-1, shape.width()});
-  require(bias.is_contiguous() && reads.is_contiguous(), "page_scan: bias and reads must be contiguous");
-  require(reads.size(0) >= projected.size(0), "page_scan: reads has ", reads.size(0), " rows for ", projected.size(0),
-          " tokens");
-  args.projected = projected.data_ptr();
-  args.projected_stride = projected.stride(0);
-  args.bias = data<float>(bias);
-  args.reads = static_cast<float*>(reads.data_ptr());
-  args.num_rows = reads.size(0);
+// One layer's tensors in a step.
+struct LayerRows {
+  const std::optional<Tensor>& rows;       // what its linear put out: q | k | v, and behind them `projected` where that is none
+  const std::optional<Tensor>& projected;  // [T, projected_columns]
+  const Tensor& bias;
+  const std::optional<Tensor>& matrix;  // of the correction of rows from column `first` on; none: nothing is corrected
+  int64_t first;
+  const Tensor& reads;
+};
+
+inline int64_t tokens_of(const LayerRows& layer) {
+  require(layer.rows || layer.projected, "a layer needs rows, or what was projected of them");
+  return (layer.projected ? *layer.projected : *layer.rows).size(0);
+}
+
+// Where one layer's activation reads, and where its reads go.
+inline void set_rows(const deltamem::Shape& shape, const LayerRows& layer, deltamem::ScanArgs& args) {
+  const int64_t columns = shape.projected_columns(), tokens = tokens_of(layer);
+  const char* name = layer.projected ? "projected" : "rows";
+  const Tensor& from = layer.projected ? *layer.projected : *layer.rows;
+  args.dtype = dtype_of(name, from);
+  check_rows(name, from, layer.projected ? columns : -1);
+  require(from.size(1) >= columns, "rows: expected at least the ", columns, " projected columns, got ", from.size(1));
+  check("bias", layer.bias, ScalarType::Float, {shape.gate_columns()});
+  check("reads", layer.reads, ScalarType::Float, {-1, shape.width()});
+  require(layer.bias.is_contiguous() && layer.reads.is_contiguous(), "page_scan: bias and reads must be contiguous");
+  require(layer.reads.size(0) >= tokens, "page_scan: reads has ", layer.reads.size(0), " rows for ", tokens, " tokens");
+  const int64_t bytes = args.dtype == deltamem::Dtype::f32 ? 4 : 2;
+  args.projected = data<char>(from) + (from.size(1) - columns) * bytes;
+  args.projected_stride = from.stride(0);
+  args.bias = data<float>(layer.bias);
+  args.reads = static_cast<float*>(layer.reads.data_ptr());
+  args.num_rows = layer.reads.size(0);
+}
+
+// What of one layer's rows is corrected; no columns: nothing is.
+inline deltamem::CorrectionArgs correction_args(const deltamem::Shape& shape, const LayerRows& layer) {
+  if (!layer.matrix) return {};
+  require(layer.rows.has_value(), "a correction needs the rows that it is of");
+  const Tensor &rows = *layer.rows, &matrix = *layer.matrix;
+  const deltamem::Dtype dtype = dtype_of("rows", rows);
+  check_rows("rows", rows, -1);
+  require(rows.size(0) == tokens_of(layer), "rows: expected one for each of ", tokens_of(layer), " tokens, got ", rows.size(0));
+  check("matrix", matrix, rows.scalar_type(), {-1, shape.width(), deltamem::kMatrixTile});
+  const int64_t room = rows.size(1) - (layer.projected ? 0 : shape.projected_columns()) - layer.first;
+  const int64_t columns = matrix.size(0) * deltamem::kMatrixTile;
+  require(matrix.is_contiguous() && layer.first >= 0 && columns - room < deltamem::kMatrixTile,
+          "matrix: expected whole tiles of at most ", room, " columns from column ", layer.first, " on, got ", columns);
+  const int64_t bytes = dtype == deltamem::Dtype::f32 ? 4 : 2;
+  return {static_cast<char*>(rows.data_ptr()) + layer.first * bytes, rows.stride(0), dtype, matrix.data_ptr(),
+          columns < room ? columns : room, data<float>(layer.reads), shape.width()};
 }
 
 inline void run(const deltamem::Shape& shape, const deltamem::ScanArgs& args, const deltamem::Plan& plan, int64_t tokens) {
   deltamem::kernels().page_scan(shape, args, plan, in_parallel,
                                 workspace(deltamem::workspace_floats(shape, plan, tokens)));
+}
+
+// Over threads where that pays: tokens of one piece stay on one.
+inline void correct(const deltamem::CorrectionArgs& args, int64_t tokens) {
+  constexpr int64_t kPiece = 64;
+  if (args.columns == 0) return;
+  const auto function = deltamem::kernels().correct;
+  if (tokens <= kPiece || torch::stable::get_num_threads() == 1) return function(args, 0, tokens);
+  torch::stable::parallel_for(0, tokens, kPiece, [=](int64_t begin, int64_t end) { function(args, begin, end); });
 }
 
 }  // namespace deltamem_bindings

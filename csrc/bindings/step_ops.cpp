@@ -32,10 +32,22 @@ struct CurrentStep {
 };
 thread_local CurrentStep current;
 
-void scan_first(const Tensor& projected, const Tensor& bias, const Tensor& addresses, int64_t page_stride,
-                int64_t num_blocks, int64_t page_width, const Tensor& block_table, const Tensor& query_start_loc,
-                const Tensor& seq_lens, const Tensor& write_limit, const Tensor& unwritten, const Tensor& reads,
+// A layer's own part of the step that stands in `current`; nothing has changed if it throws.
+void run_layer(const LayerRows& layer) {
+  CurrentStep& step = current;
+  set_rows(step.shape, layer, step.args);
+  const deltamem::CorrectionArgs correction = correction_args(step.shape, layer);
+  run(step.shape, step.args, step.plan, step.tokens);
+  correct(correction, step.tokens);
+  step.done();
+}
+
+void scan_first(const std::optional<Tensor>& rows, const std::optional<Tensor>& projected, const Tensor& bias,
+                const std::optional<Tensor>& matrix, int64_t first, const Tensor& reads, const Tensor& addresses,
+                int64_t page_stride, int64_t num_blocks, int64_t page_width, const Tensor& block_table,
+                const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& write_limit, const Tensor& unwritten,
                 int64_t block_size, int64_t num_reqs, int64_t packed_shape) {
+  const LayerRows layer = {rows, projected, bias, matrix, first, reads};
   CurrentStep& step = current;
   step.next = 0;
   step.shape = make_shape(packed_shape);
@@ -44,21 +56,19 @@ void scan_first(const Tensor& projected, const Tensor& bias, const Tensor& addre
   require(block_size >= 1 && page_stride >= page_width &&
               page_width >= step.shape.state_floats() + block_size * step.shape.log_columns(),
           "pages of ", page_width, " floats, ", page_stride, " apart, cannot hold ", block_size, " tokens");
-  const int64_t* first = data<int64_t>(addresses);
-  step.addresses.assign(first, first + addresses.size(0));
+  const int64_t* all = data<int64_t>(addresses);
+  step.addresses.assign(all, all + addresses.size(0));
   const deltamem::Pages pages = {reinterpret_cast<float*>(step.addresses[0]), page_stride, block_size, page_width};
-  step.tokens = projected.size(0);
+  step.tokens = tokens_of(layer);
   step.args = scan_args(pages, num_blocks, {block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs},
                         step.tokens);
-  set_rows(step.shape, projected, bias, reads, step.args);
   step.plan = deltamem::make_plan(step.shape, step.args, num_blocks, torch::stable::get_num_threads());
   step.order.assign(step.plan.order, step.plan.order + num_reqs);
   step.plan.order = step.order.data();
   step.held = {block_table, query_start_loc, seq_lens, write_limit, unwritten};
-  run(step.shape, step.args, step.plan, step.tokens);
   step.layers = addresses.size(0);
   step.idle = false;
-  step.done();
+  run_layer(layer);
 }
 
 void scan_nothing(int64_t layers) {
@@ -68,7 +78,8 @@ void scan_nothing(int64_t layers) {
   current.done();
 }
 
-void scan_next(const Tensor& projected, const Tensor& bias, const Tensor& reads, int64_t layer) {
+void scan_next(const std::optional<Tensor>& rows, const std::optional<Tensor>& projected, const Tensor& bias,
+               const std::optional<Tensor>& matrix, int64_t first, const Tensor& reads, int64_t layer) {
   CurrentStep& step = current;
   require(layer > 0 && layer == step.next, "scan_next: layer ", layer, ", but it is the turn of layer ", step.next,
           " of ", step.layers, ": a layer was left out, or run twice");
@@ -78,24 +89,29 @@ void scan_next(const Tensor& projected, const Tensor& bias, const Tensor& reads,
     memset(reads.data_ptr(), 0, reads.size(0) * reads.size(1) * sizeof(float));
     return step.done();
   }
-  require(projected.size(0) == step.tokens, "scan_next: ", projected.size(0), " rows in a step of ", step.tokens, " tokens");
+  const LayerRows own = {rows, projected, bias, matrix, first, reads};
+  require(tokens_of(own) == step.tokens, "scan_next: ", tokens_of(own), " rows in a step of ", step.tokens, " tokens");
   step.args.pages.data = reinterpret_cast<float*>(step.addresses[layer]);
-  set_rows(step.shape, projected, bias, reads, step.args);
-  run(step.shape, step.args, step.plan, step.tokens);
-  step.done();
+  run_layer(own);
 }
 
-void nothing(const Tensor&, const Tensor&, const Tensor&, int64_t) {}  // under tracing: reads have their shape already
+// Under tracing: rows are corrected in place, reads have their shape already.
+void nothing(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&, const std::optional<Tensor>&, int64_t,
+             const Tensor&, int64_t) {}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(deltamem_native, m) {
+  // rows: a layer's q | k | v | projected (or q | k | v, and projected by itself), of which `matrix` corrects columns from
+  // `first` on.
   m.def(
-      "scan_first(Tensor projected, Tensor bias, Tensor addresses, int page_stride, int num_blocks, int page_width, "
-      "Tensor block_table, Tensor query_start_loc, Tensor seq_lens, Tensor write_limit, Tensor unwritten, "
-      "Tensor(a!) reads, int block_size, int num_reqs, int shape) -> ()");
+      "scan_first(Tensor(a!)? rows, Tensor? projected, Tensor bias, Tensor? matrix, int first, Tensor(b!) reads, "
+      "Tensor addresses, int page_stride, int num_blocks, int page_width, Tensor block_table, Tensor query_start_loc, "
+      "Tensor seq_lens, Tensor write_limit, Tensor unwritten, int block_size, int num_reqs, int shape) -> ()");
   m.def("scan_nothing(int layers) -> ()");
-  m.def("scan_next(Tensor projected, Tensor bias, Tensor(a!) reads, int layer) -> ()");
+  m.def(
+      "scan_next(Tensor(a!)? rows, Tensor? projected, Tensor bias, Tensor? matrix, int first, Tensor(b!) reads, "
+      "int layer) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CPU, m) {

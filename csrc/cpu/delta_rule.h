@@ -28,6 +28,8 @@ struct Shape {
 
 // Tokens activated at a time; what is made of them stays in the first-level cache. A tile's idle tokens fit 32 bits.
 constexpr int64_t kTile = 32;
+// Columns of a correction's matrix that lie beside each other; see CorrectionArgs.
+constexpr int64_t kMatrixTile = 32;
 // Floats that say after how many of its page's tokens a running state is.
 constexpr int64_t kStampFloats = 2;
 // Floats behind a packed array that a whole register may touch.
@@ -108,6 +110,17 @@ struct ActivateArgs {
   float* workspace;  // thread_floats
 };
 
+// A correction of what a linear put out; see correction.h.
+struct CorrectionArgs {
+  void* rows;           // [T, >= columns], of `dtype`
+  int64_t stride;       // elements from one row to the next
+  Dtype dtype;          // of rows and matrix
+  const void* matrix;   // [ceil(columns / kMatrixTile), width, kMatrixTile]
+  int64_t columns;      // to be corrected
+  const float* reads;   // [T, width]
+  int64_t width;        // of a token's reads
+};
+
 struct StateArgs {
   Pages pages;
   const int32_t* block_ids;
@@ -123,6 +136,7 @@ struct Kernels {
   void (*page_scan)(const Shape&, const ScanArgs&, const Plan&, Parallel, float* workspace);
   void (*page_state)(const Shape&, const StateArgs&);
   void (*activate)(const Shape&, const ActivateArgs&);
+  void (*correct)(const CorrectionArgs&, int64_t token, int64_t stop);  // rows token ... stop-1
 };
 
 // The build in use: the best that this CPU can run, unless a test has forced another.

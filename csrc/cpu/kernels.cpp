@@ -3,6 +3,7 @@
 // No function here may be shared between builds: everything but the table is local, and no standard container is used,
 // because the linker would keep one copy of a shared inline function and run AVX-512 code on a CPU without it.
 #include "activation.h"
+#include "correction.h"
 #include "delta_rule.h"
 #include "spans.h"
 
@@ -247,12 +248,21 @@ void activate_all(const Shape& shape, const ActivateArgs& args) {
   }
 }
 
+void correct(const CorrectionArgs& args, int64_t token, int64_t stop) {
+  switch (args.dtype) {
+    case Dtype::f32: return correct_rows<Dtype::f32>(args, token, stop);
+    case Dtype::bf16: return correct_rows<Dtype::bf16>(args, token, stop);
+    case Dtype::f16: return correct_rows<Dtype::f16>(args, token, stop);
+  }
+}
+
 }  // namespace
 
 #define DELTAMEM_STRING_(x) #x
 #define DELTAMEM_STRING(x) DELTAMEM_STRING_(x)
 extern const Kernels table;
-const Kernels table = {DELTAMEM_STRING(DELTAMEM_ISA) + 4 /* drops "isa_" */, page_scan, page_state, activate_all};
+const Kernels table = {DELTAMEM_STRING(DELTAMEM_ISA) + 4 /* drops "isa_" */, page_scan, page_state, activate_all,
+                      correct};
 
 }  // namespace DELTAMEM_ISA
 }  // namespace deltamem

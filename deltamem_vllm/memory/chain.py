@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from deltamem_vllm.errors import ConfigError
-from deltamem_vllm.ops.native import NativeOps
+from deltamem_vllm.ops.native import LayerRows, NativeOps
 from deltamem_vllm.ops.paged import Batch
 from deltamem_vllm.ops.pooled import Book
 
@@ -53,17 +51,17 @@ class Chain:
         """A layer's pages lie elsewhere now."""
         self._book = None
 
-    def begin(self, projected: Tensor, bias: Tensor, batches: dict[str, Batch] | None, reads: Tensor) -> None:
-        """Run the first layer of a step; arguments as of `PagedOps.page_scan`.
+    def begin(self, layer: LayerRows, batches: dict[str, Batch] | None) -> None:
+        """Run the first layer of a step.
 
         Args:
             batches: by layer, the step's; None: there is no request, and no page to be touched.
         """
         if batches is None:
             self._kernels.scan_nothing(len(self._layers))
-            reads.zero_()
+            layer.reads.zero_()
             return
         first = self._layers[0]
         if self._book is None:
-            self._book = Book.of([layer.pages for layer in self._layers if layer.pages is not None], first.tokens)
-        self._kernels.scan_first(first.shape, projected, bias, self._book, batches[first.prefix], reads)
+            self._book = Book.of([each.pages for each in self._layers if each.pages is not None], first.tokens)
+        self._kernels.scan_first(first.shape, layer, self._book, batches[first.prefix])

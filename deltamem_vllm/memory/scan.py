@@ -1,9 +1,11 @@
-"""The custom op that stands in the model's graph: activate, read and write one layer's memory for one step.
+"""The custom ops that stand in the model's graph: activate, read and write one layer's memory for one step.
 
 ``deltamem::scan(projected[T, C], bias, reads[T, R] (out), layer) -> ()``. It finds the step's metadata and the
-layer's pages in vLLM's forward context, so the compiled graph holds nothing that changes between steps. Where layers
-form a chain (`deltamem_vllm.memory.chain`) it is the first one's operator, and the others' is
-``deltamem_native::scan_next``, which goes on from there.
+layer's pages in vLLM's forward context, so the compiled graph holds nothing that changes between steps.
+
+Where layers form a chain (`deltamem_vllm.memory.chain`) the first one's operator is ``deltamem::scan_rows``, and the
+others' is ``deltamem_native::scan_next``, which goes on from there. Both correct q, k and v too, in place, in the rows
+that qkv_proj put out.
 """
 
 from typing import Any
@@ -13,7 +15,7 @@ from vllm.forward_context import get_forward_context
 
 from deltamem_vllm.ops.dispatch import Preference, select
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.native import NativeOps
+from deltamem_vllm.ops.native import LayerRows, NativeOps
 from deltamem_vllm.ops.paged import PagedOps
 
 OP = "deltamem::scan"
@@ -26,34 +28,60 @@ def kernels_for(device: torch.device, prefer: Preference, shape: MemoryShape) ->
 
 def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, layer: str) -> None:
     context: Any = get_forward_context()
-    pages: Any = context.no_compile_layers[layer]
-    if pages.chain is not None:  # the first layer of a chain; the others are not looked up here
-        pages.chain.begin(projected, bias, context.attn_metadata, reads)
-        return
     if context.attn_metadata is None:  # profiling and warm-up: no request, no page
         reads.zero_()
         return
+    pages: Any = context.no_compile_layers[layer]
     pages.kernels.page_scan(pages.shape, projected, bias, pages.pages, context.attn_metadata[layer], reads)
+
+
+def _scan_rows(
+    rows: torch.Tensor | None,
+    projected: torch.Tensor | None,
+    bias: torch.Tensor,
+    matrix: torch.Tensor | None,
+    first: int,
+    reads: torch.Tensor,
+    layer: str,
+) -> None:
+    context: Any = get_forward_context()
+    pages: Any = context.no_compile_layers[layer]
+    pages.chain.begin(LayerRows(rows, projected, bias, matrix, first, reads), context.attn_metadata)
 
 
 def scan(pages: Any, projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor) -> None:
     """One layer's memory for one step, as a node of the graph; arguments as of `PagedOps.page_scan`.
 
     Args:
-        pages: the layer's `StatePages`.
+        pages: the layer's `StatePages`, which is in no chain.
+    """
+    torch.ops.deltamem.scan(projected, bias, reads, pages.prefix)
+
+
+def scan_rows(pages: Any, layer: LayerRows) -> None:
+    """One layer's memory and its corrections of q, k and v for one step, as a node of the graph.
+
+    Args:
+        pages: the layer's `StatePages`, which is in a chain.
     """
     if pages.place:
-        NativeOps.scan_next(projected, bias, reads, pages.place)
+        NativeOps.scan_next(layer, pages.place)
     else:
-        torch.ops.deltamem.scan(projected, bias, reads, pages.prefix)
+        torch.ops.deltamem.scan_rows(*layer, pages.prefix)
 
 
-def _scan_shape(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, layer: str) -> None:
-    """Under tracing nothing runs: ``reads`` already has its shape."""
+def _nothing(*_: Any) -> None:
+    """Under tracing nothing runs: ``reads`` already has its shape, and rows keep theirs."""
 
 
 _library = torch.library.Library("deltamem", "FRAGMENT")
 _library.define("scan(Tensor projected, Tensor bias, Tensor(a!) reads, str layer) -> ()")
+_library.define(
+    "scan_rows(Tensor(a!)? rows, Tensor? projected, Tensor bias, Tensor? matrix, int first, Tensor(b!) reads, "
+    "str layer) -> ()"
+)
 for _device in ("CPU", "CUDA"):
     _library.impl("scan", _scan, _device)
-_library.impl("scan", _scan_shape, "Meta")
+_library.impl("scan_rows", _scan_rows, "CPU")
+for _op in ("scan", "scan_rows"):
+    _library.impl(_op, _nothing, "Meta")

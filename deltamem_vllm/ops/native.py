@@ -5,6 +5,7 @@ Python.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from deltamem_vllm.ops.paged import Batch
 from deltamem_vllm.ops.pooled import Book
 
 LIBRARY = "_native.so"
+TILE = 32
+"""Columns of one tile of a correction's matrix (`kMatrixTile` in csrc/cpu/delta_rule.h)."""
 
 
 def find_library(name: str = LIBRARY) -> Path | None:
@@ -28,6 +31,36 @@ def find_library(name: str = LIBRARY) -> Path | None:
         if (path := Path(folder) / name).is_file():
             return path
     return None
+
+
+class LayerRows(NamedTuple):
+    """One layer's tensors in a step of T tokens; C: projected columns, R: reads per token.
+
+    Attributes:
+        rows: [T, q | k | v | projected] or, where ``projected`` is given, [T, q | k | v]: what the layer's linear put
+            out, corrected in place. None: nothing is corrected here.
+        projected: [T, C], or None: the last columns of ``rows``.
+        bias: as in `PagedOps.page_scan`.
+        matrix: the correction of rows from column ``first`` on, as `tiled` makes it, in their dtype. Sums are fp32,
+            rounded once. A row whose reads are all zero is left as it is.
+        first: column of ``rows``.
+        reads: [T, R] fp32, out.
+    """
+
+    rows: Tensor | None
+    projected: Tensor | None
+    bias: Tensor
+    matrix: Tensor | None
+    first: int
+    reads: Tensor
+
+
+def tiled(matrix: Tensor) -> Tensor:
+    """A correction's matrix [R, N] as [ceil(N / TILE), R, TILE]: columns that are used together lie beside each other.
+    The last tile is filled up with zeros."""
+    rank, columns = matrix.shape
+    padded = torch.nn.functional.pad(matrix, (0, -columns % TILE))
+    return padded.view(rank, -1, TILE).transpose(0, 1).contiguous()
 
 
 class NativeOps:
@@ -65,14 +98,12 @@ class NativeOps:
         """See `PagedOps.page_scan`."""
         self._scan(projected, bias, pages, *batch[:5], reads, *batch[5:7], shape.packed)
 
-    def scan_first(
-        self, shape: MemoryShape, projected: Tensor, bias: Tensor, book: Book, batch: Batch, reads: Tensor
-    ) -> None:
+    def scan_first(self, shape: MemoryShape, layer: LayerRows, book: Book, batch: Batch) -> None:
         """`page_scan` of the first of a book's layers, which begins a step: each of the others is then one call of
         `scan_next`, in their order and in this thread, with rows of its own and all else as here.
         """
         where = (*book.parts, book.layers[0].shape[1])
-        self._first(projected, bias, *where, *batch[:5], reads, *batch[5:7], shape.packed)
+        self._first(*layer, *where, *batch[:7], shape.packed)
 
     @staticmethod
     def scan_nothing(layers: int) -> None:
@@ -80,17 +111,17 @@ class NativeOps:
         torch.ops.deltamem_native.scan_nothing(layers)
 
     @staticmethod
-    def scan_next(projected: Tensor, bias: Tensor, reads: Tensor, layer: int) -> None:
+    def scan_next(layer: LayerRows, place: int) -> None:
         """One further layer of the step that `scan_first` or `scan_nothing` has begun.
 
         Args:
-            projected, bias, reads: as in `PagedOps.page_scan`, of as many tokens as the first layer's.
-            layer: its place in the book, from 1.
+            layer: of as many tokens as the first one.
+            place: in the book, from 1.
 
         Raises:
             RuntimeError: it is not this layer's turn, or a tensor does not fit; nothing was changed.
         """
-        torch.ops.deltamem_native.scan_next(projected, bias, reads, layer)
+        torch.ops.deltamem_native.scan_next(*layer, place)
 
     def page_state(
         self,

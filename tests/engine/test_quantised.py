@@ -170,5 +170,5 @@ def check_layers(engine: Engine, method: str, dtype: str) -> None:
     for layer in layers:
         assert layer["linears"] == {"qkv_proj": method, "o_proj": method}
         assert layer["buffers"].pop("bias") == "torch.float32"
-        assert set(layer["buffers"]) >= {"projection", "matrix_q", "matrix_o"}
+        assert set(layer["buffers"]) >= {"projection", "in_rows", "matrix_o"}
         assert set(layer["buffers"].values()) == {dtype}

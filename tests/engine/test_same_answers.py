@@ -38,7 +38,7 @@ def check_launches(calls: dict[str, int], layers: int) -> None:
 
 def scans(calls: dict[str, int]) -> int:
     """Launches of a memory, which are taken out: the first layer's, and those that go on from it."""
-    return calls.pop("deltamem.scan", 0) + calls.pop("deltamem_native.scan_next", 0)
+    return calls.pop("deltamem.scan_rows", 0) + calls.pop("deltamem_native.scan_next", 0)
 
 
 @pytest.mark.nightly

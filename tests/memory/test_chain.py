@@ -12,7 +12,7 @@ from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.memory.chain import Chain
 from deltamem_vllm.memory.pages import PageMetadataBuilder, StatePages, WriteMasks
 from deltamem_vllm.ops.dispatch import select
-from deltamem_vllm.ops.native import NativeOps
+from deltamem_vllm.ops.native import LayerRows, NativeOps
 from deltamem_vllm.ops.paged import Batch
 from tests.ops.paging import int32, make_shape, random_inputs, truth
 from tests.tolerances import KERNEL_READS
@@ -45,8 +45,9 @@ class Worker:
     def step(self, batches: dict[str, Batch] | None) -> list[torch.Tensor]:
         projected, bias, _ = random_inputs(SHAPE, 5)
         reads = [torch.full((5, SHAPE.width), float("nan")) for _ in self.layers]
-        self.chain.begin(projected, bias, batches, reads[0])
-        torch.ops.deltamem_native.scan_next(projected, bias, reads[1], self.layers[1].place)
+        first, second = (LayerRows(None, projected, bias, None, 0, out) for out in reads)
+        self.chain.begin(first, batches)
+        NativeOps.scan_next(second, self.layers[1].place)
         return reads
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.native import NativeOps
+from deltamem_vllm.ops.native import LayerRows, NativeOps
 from deltamem_vllm.ops.paged import Batch, PagedOps
 from deltamem_vllm.ops.pooled import Book
 from tests.ops.paging import FEW_SHAPES, World, int32, make_shape, name_of, random_inputs
@@ -56,9 +56,10 @@ class Stack:
             world.unwritten, N, 2,
         )  # fmt: skip
 
-    def rows(self, layer: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, layer: int, length: int) -> LayerRows:
         projected, bias, _ = self.inputs[layer]
-        return projected[:length], bias, torch.full((length, self.shape.width), float("nan"))
+        reads = torch.full((length, self.shape.width), float("nan"))
+        return LayerRows(None, projected[:length], bias, None, 0, reads)
 
 
 @pytest.mark.parametrize("shape", FEW_SHAPES, ids=name_of)
@@ -69,14 +70,15 @@ def test_the_bits_are_those_of_layers_by_themselves(native: NativeOps, shape: Me
         for number, length in enumerate((20, 2, 3)):
             batch = stack.step(length, number)
             for layer in range(LAYERS):
-                projected, bias, out = stack.rows(layer, length)
+                own = stack.rows(layer, length)
                 if not chained:
-                    native.page_scan(shape, projected, bias, stack.worlds[layer].pages, batch, out)
+                    assert own.projected is not None
+                    native.page_scan(shape, own.projected, own.bias, stack.worlds[layer].pages, batch, own.reads)
                 elif layer == 0:
-                    native.scan_first(shape, projected, bias, stack.book, batch, out)
+                    native.scan_first(shape, own, stack.book, batch)
                 else:
-                    native.scan_next(projected, bias, out, layer)
-                reads.append(out)
+                    native.scan_next(own, layer)
+                reads.append(own.reads)
         results.append((torch.cat(reads), *(world.whole for world in stack.worlds)))
     assert results[1][0].isfinite().all()
     for one, other in zip(*results, strict=True):
@@ -88,9 +90,9 @@ def test_a_step_without_requests_reads_zero(native: NativeOps) -> None:
     before = [world.whole.clone() for world in stack.worlds]
     native.scan_nothing(LAYERS)
     for layer in range(1, LAYERS):
-        projected, bias, out = stack.rows(layer, 4)
-        native.scan_next(projected, bias, out, layer)
-        assert (out == 0).all()
+        own = stack.rows(layer, 4)
+        native.scan_next(own, layer)
+        assert (own.reads == 0).all()
     for world, old in zip(stack.worlds, before, strict=True):
         assert same_bits(world.whole, old)
 
@@ -99,21 +101,20 @@ def test_a_layer_out_of_its_turn_is_refused(native: NativeOps) -> None:
     stack = Stack(make_shape(8))
 
     def run(layer: int) -> None:
-        projected, bias, out = stack.rows(layer, 4)
         if layer:
-            native.scan_next(projected, bias, out, layer)
+            native.scan_next(stack.rows(layer, 4), layer)
         else:
-            native.scan_first(stack.shape, projected, bias, stack.book, stack.step(4, 0), out)
+            native.scan_first(stack.shape, stack.rows(0, 4), stack.book, stack.step(4, 0))
 
     for order, turn in (([0, 2], 1), ([0, 1, 1], 2), ([0, 1, 2, 1], 0), ([0, 1, 2, 3], 0)):
         *good, bad = order
         for layer in good:
             run(layer)
-        projected, bias, out = stack.rows(bad % LAYERS, 4)
+        own = stack.rows(bad % LAYERS, 4)
         before = [world.whole.clone() for world in stack.worlds]
         with pytest.raises(RuntimeError, match=f"layer {bad}, but {TURN} {turn}"):
-            native.scan_next(projected, bias, out, bad)
-        assert out.isnan().all()
+            native.scan_next(own, bad)
+        assert own.reads.isnan().all()
         for world, old in zip(stack.worlds, before, strict=True):
             assert same_bits(world.whole, old)
         for layer in range(LAYERS):  # a step that failed leaves nothing to the next
@@ -126,7 +127,7 @@ def test_a_step_is_its_threads_own(native: NativeOps) -> None:
 
     def elsewhere() -> None:
         try:
-            native.scan_next(*stack.rows(1, 4), 1)
+            native.scan_next(stack.rows(1, 4), 1)
         except RuntimeError as error:
             errors.append(str(error))
 
@@ -135,27 +136,29 @@ def test_a_step_is_its_threads_own(native: NativeOps) -> None:
     thread.join()
     assert len(errors) == 1
     assert TURN in errors[0]
-    native.scan_next(*stack.rows(1, 4), 1)
-    native.scan_next(*stack.rows(2, 4), 2)
+    native.scan_next(stack.rows(1, 4), 1)
+    native.scan_next(stack.rows(2, 4), 2)
 
 
 def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
     stack = Stack(make_shape(8))
     shape, batch = stack.shape, stack.step(4, 0)
-    projected, bias, out = stack.rows(0, 4)
     garbage = batch._replace(block_table=int32([[5, 2], [99, 7]]))
     with pytest.raises(RuntimeError, match="request 1 uses block 99"):
-        native.scan_first(shape, projected, bias, stack.book, garbage, out)
+        native.scan_first(shape, stack.rows(0, 4), stack.book, garbage)
     with pytest.raises(RuntimeError, match=f"{TURN} 0"):
-        native.scan_next(*stack.rows(1, 4), 1)
+        native.scan_next(stack.rows(1, 4), 1)
     with pytest.raises(RuntimeError, match="cannot hold 64 tokens"):
-        native.scan_first(shape, projected, bias, stack.book, batch._replace(block_size=4 * N), out)
-    native.scan_first(shape, projected, bias, stack.book, batch, out)
+        native.scan_first(shape, stack.rows(0, 4), stack.book, batch._replace(block_size=4 * N))
+    native.scan_first(shape, stack.rows(0, 4), stack.book, batch)
     with pytest.raises(RuntimeError, match="3 rows in a step of 4 tokens"):
-        native.scan_next(*stack.rows(1, 3), 1)
-    projected, bias, out = stack.rows(1, 4)
-    with pytest.raises(RuntimeError, match="reads"):
-        native.scan_next(projected, bias, out[:3], 1)
-    with pytest.raises(RuntimeError, match="bias"):
-        native.scan_next(projected, bias[:1], out, 1)
-    native.scan_next(projected, bias, out, 1)
+        native.scan_next(stack.rows(1, 3), 1)
+    own = stack.rows(1, 4)
+    for wrong, named in (
+        (own._replace(reads=own.reads[:3]), "reads"),
+        (own._replace(bias=own.bias[:1]), "bias"),
+        (own._replace(projected=None), "rows, or what was projected"),
+    ):
+        with pytest.raises(RuntimeError, match=named):
+            native.scan_next(wrong, 1)
+    native.scan_next(own, 1)
