@@ -88,7 +88,7 @@ GOALS = (
         "verified cold restores",
         "per second",
         20_000,
-        value("sessions", "value", name="verified cold restores, 2 threads"),
+        value("sessions", "value", name="verified cold restores, 1 thread"),
         True,
     ),
 )

@@ -1,11 +1,12 @@
 """What the memory adds to a token: vLLM alone, with the memory, with LoRA; engines that take turns.
 
-    python -m loadtests.overhead [--starts 5] [--rounds 5] [--batches 1,8] [--prompts 128,2048] [--layers 8]
+    python -m loadtests.overhead [--starts 3] [--rounds 5] [--batches 1,8] [--prompts 128,2048] [--layers 28]
 
-Layers of Qwen3-0.6B's shape with random weights on the CPU: 8 of its 28, and as large a share of its vocabulary, so
-that engines fit beside each other and a percentage is that of the whole (what a step costs beside its layers weighs
-more than in the whole). Every arm is an engine of its own, as users start it (compiled; vLLM does not compile with LoRA
-on a CPU). In each round every arm runs the same batch, and arms change after every step.
+Qwen3-0.6B's shape with random weights, fp32, on the CPU. Every arm is an engine of its own, as users start it
+(compiled; vLLM does not compile with LoRA on a CPU). In each round every arm runs the same batch, and arms change after
+every step. Three engines of the whole model take 17 GB beside each other. The arms that differ from vanilla by tens of
+percents have 8 of its 28 layers, and as large a share of its vocabulary; so can the others (``--layers 8``): what a
+step costs beside its layers then weighs three times as much.
 
 Two engines that are the same differ by percents, for as long as they live: by where their memory lies. So engines are
 started anew several times. A figure is the mean over the starts of the median of an arm's ratios to vanilla in the same
@@ -32,7 +33,8 @@ from deltamem_vllm.report.random import QWEN3_0_6B, Size, write_adapter, write_l
 VANILLA, MEMORY, AGAIN, LORA, LOOP = "vanilla", "memory", "vanilla again", "lora", "plain torch loop"
 CLOSE, FAR = (VANILLA, MEMORY, AGAIN), (VANILLA, MEMORY, LORA, LOOP)
 """Arms that differ by percents, and those that differ by so much that one start tells."""
-LAYERS = 8
+FEW_LAYERS = 8
+"""Of the arms that are far apart."""
 CONTEXT = 64
 """Tokens of the prompts behind which time per token is measured."""
 
@@ -95,40 +97,39 @@ def mean(starts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
 def run(
     batches: Sequence[int] = (1, 8),
     prompts: Sequence[int] = (128, 2048),
-    layers: int = LAYERS,
+    layers: int = QWEN3_0_6B.layers,
     tokens: int = 16,
     rounds: int = 5,
-    starts: int = 5,
+    starts: int = 3,
     eager: bool = False,
 ) -> list[dict[str, Any]]:
     """Start the arms and measure; rows as of `measure`, those of the close arms first. Time to the first token is not
     measured of the far ones: they have no goal for it, and take minutes."""
-    size = QWEN3_0_6B.share(layers)
     options: dict[str, Any] = {
         "dtype": "float32", "max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": 512, "seed": 0,
         "enforce_eager": eager,
     }  # fmt: skip
 
-    def once(names: Sequence[str], lengths: Sequence[int]) -> list[dict[str, Any]]:
+    def once(names: Sequence[str], size: Size, lengths: Sequence[int]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             known = setups(Path(folder), size, options)
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
             return measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
 
-    close = mean([once(CLOSE, prompts) for _ in range(starts)])
-    far = once(FAR, ())
+    close = mean([once(CLOSE, QWEN3_0_6B.share(layers), prompts) for _ in range(starts)])
+    far = once(FAR, QWEN3_0_6B.share(min(layers, FEW_LAYERS)), ())
     return close + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--prompts", default="128,2048")
-    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--layers", type=int, default=QWEN3_0_6B.layers)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     given = parser.parse_args()
     batches, prompts = ([int(x) for x in text.split(",") if x] for text in (given.batches, given.prompts))

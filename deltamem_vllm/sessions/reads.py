@@ -32,17 +32,24 @@ LONG_GLANCE = 0.02
 
 
 class Reads:
-    """Runs calls for the event loop."""
+    """Runs calls for the event loop.
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-load")
+    Args:
+        readers: threads for `read`, which other calls do not keep waiting. A store that lies in this process or in a
+            local file wants one: its reads compute rather than wait, and two threads that compute wait for each other
+            at every call of the database (CPython's global lock).
+    """
+
+    def __init__(self, readers: int = 2) -> None:
+        self._readers = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="deltamem-load")
+        self._others = ThreadPoolExecutor(max_workers=2, thread_name_prefix="deltamem-store")
         self._away = self._trying = False
         self._why, self._next = "", 0.0
         self._glances_from = 0.0
 
     async def run(self, work: Callable[..., _T], *args: object) -> _T:
         """Run a call, however long it takes."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._others, work, *args)
 
     def glance(self, work: Callable[..., _T], *args: object) -> _T:
         """Run, on the event loop's thread, a read that does not wait.
@@ -72,7 +79,8 @@ class Reads:
         if trying and (self._trying or time.monotonic() < self._next):
             raise StoreUnavailable(self._why)
         self._trying = self._trying or trying
-        asked: asyncio.Future[_T] = asyncio.ensure_future(self.run(self._timed, work, args, trying))
+        loop = asyncio.get_running_loop()
+        asked: asyncio.Future[_T] = loop.run_in_executor(self._readers, self._timed, work, args, trying)
         try:
             # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the answer.
             come, _ = await asyncio.wait({asked}, timeout=patience)
@@ -86,7 +94,8 @@ class Reads:
 
     def close(self) -> None:
         """Start nothing any more."""
-        self._threads.shutdown(wait=False)
+        for threads in (self._readers, self._others):
+            threads.shutdown(wait=False)
 
     def _timed(self, work: Callable[..., _T], args: tuple[object, ...], trying: bool) -> _T:
         """On a thread."""

@@ -46,8 +46,8 @@ class Records:
     ) -> None:
         self.store, self._deleted, self._expired, self._meters = store, deleted, expired, meters
         self.layout, self.adapter, self.model = layout, adapter, model
-        self.reads = Reads()
         self._glance: Callable[[SessionKey], Expect | None] | None = getattr(store, "glance", None)
+        self.reads = Reads(readers=2 if self._glance is None else 1)
 
     def close(self) -> None:
         """Start no further reads."""

@@ -31,6 +31,7 @@ from deltamem_vllm.store.parts import (
     SAFETENSORS_OVERHEAD,
     bound,
     check,
+    check_fields,
     key_of,
     metadata_of,
     parse_layout,
@@ -217,7 +218,7 @@ def record_of(metadata: bytes, window: bytes, attributes: bytes, payload: Buffer
     own = key_of(fields, key)
     base, end = parse_payload(payload, parse_layout(fields["layout"]))
     record = Record(key=own, base=base, end=end, window=window, attributes=attributes, **fields)
-    check(record)
+    check_fields(record)
     if metadata_of(record) != metadata:
         raise CorruptRecord("metadata is not in its canonical form")
     return record
