@@ -190,7 +190,7 @@ def by_length(turns: int = 100, places: int = 5) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=200)
     parser.add_argument("--sessions", type=int, default=32)
     given = parser.parse_args()

@@ -1,5 +1,5 @@
-"""Delta-rule operators on this CPU: activation and scan per token and layer, and what a decode step costs, by
-instruction set and threads; after a check against fp32, arms alternated.
+"""Delta-rule operators on this CPU: activation, scan and correction per token and layer, and what a decode step costs,
+by instruction set and threads; after a check against fp32, arms alternated.
 
 python -m loadtests.kernels [--tokens 2048] [--repeats 7]
 """
@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from rich.table import Table
 from deltamem_vllm.ops import reference
 from deltamem_vllm.ops.dispatch import select
 from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.native import LayerRows, NativeOps, tiled
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
+from deltamem_vllm.ops.pooled import Book
 
 BLOCK = 32
 TOLERANCE = 5e-6
@@ -29,6 +32,8 @@ DECODES = (1, 8, 64)
 NAIVE_TOKENS = 64
 #: Of a prefill in a row, after one that is not timed: what an arm leaves in the caches is not the next one's cost.
 CALLS = 5
+#: Of a layer of Qwen3-0.6B: columns of q, and of q, k and v; and a step of its prefill.
+Q, QKV, STEP = 2048, 4096, 512
 
 
 class Case:
@@ -53,6 +58,7 @@ class Case:
         self._all, self._last = batch(tokens, tokens), batch(1, tokens - BLOCK // 2 + 1)
         self._rows, self._row_reads = self.projected[:requests], self.reads[:requests]
         self._log = torch.empty(requests * tokens, shape.log_columns)
+        self._step, self._book = batch(min(tokens, STEP), min(tokens, STEP)), Book.of([self.pages], BLOCK)
 
     def prefill(self, ops: PagedOps) -> None:
         """All tokens in one step."""
@@ -65,6 +71,10 @@ class Case:
     def activate(self) -> None:
         """The native activation of all tokens, without a scan."""
         torch.ops.deltamem_native.activate(self.projected, self.bias, self.reads, self._log, self.shape.packed)
+
+    def step(self, native: NativeOps, layer: LayerRows) -> None:
+        """A layer's whole step: all of ``layer``'s rows, corrected where it has a matrix."""
+        native.scan_first(self.shape, layer, self._book, self._step)
 
     def naive(self) -> None:
         """The official algorithm: activation in one go, then a loop over tokens in torch."""
@@ -81,6 +91,38 @@ def check(case: Case, ops: PagedOps) -> float:
     case.prefill(ops)
     difference = (case.reads - expected).abs()
     return float(difference.max()) if bool(difference.isfinite().all()) else float("inf")
+
+
+class Layer:
+    """What qkv_proj puts out for a step's tokens, of which q is corrected."""
+
+    def __init__(self, case: Case) -> None:
+        shape = case.shape
+        self.case, self.matrix = case, torch.randn(shape.width, Q) / 100
+        self.rows = torch.randn(STEP, QKV + shape.projected_columns)
+        self.reads = torch.empty(STEP, shape.width)
+        self._without = LayerRows(self.rows, None, case.bias, None, 0, self.reads)
+        self._with = self._without._replace(matrix=tiled(self.matrix))
+
+    def scanned(self, native: NativeOps) -> None:
+        """Read and written, not corrected."""
+        self.case.step(native, self._without)
+
+    def corrected(self, native: NativeOps) -> None:
+        """Read, written and corrected."""
+        self.case.step(native, self._with)
+
+    def product(self) -> None:
+        """The correction as torch's matrix product, in place."""
+        self.rows[:, :Q].addmm_(self.reads, self.matrix)
+
+    def check(self, native: NativeOps) -> float:
+        """Largest difference of corrected rows to what their reads lead to."""
+        before = self.rows.double()
+        self.corrected(native)
+        before[:, :Q] += self.reads.double() @ self.matrix.double()
+        difference = (self.rows.double() - before).abs()
+        return float(difference.max()) if bool(difference.isfinite().all()) else float("inf")
 
 
 @contextmanager
@@ -102,14 +144,16 @@ def measure(tokens: int = 2048, repeats: int = 7, threads: tuple[int, ...] = (1,
 
     Returns:
         A row per shape and arm. Native ones: implementation ``native``, isa, threads, rank, heads; prefill_ns,
-        activation_ns (one thread) and scan_ns (the difference; None on more threads) per token and layer; and
-        decode_1_us, decode_8_us, decode_64_us per step of so many requests and layer. The other arm: implementation
-        ``naive torch loop``, threads 1, rank, heads and prefill_ns.
+        activation_ns (one thread) and scan_ns (the difference; None on more threads) per token and layer; correct_ns,
+        by which a step of `STEP` tokens takes longer per token and layer if it corrects q; and decode_1_us,
+        decode_8_us, decode_64_us per step of so many requests and layer. The other arm: implementation ``naive torch
+        loop``, threads 1, rank, heads, prefill_ns and correct_ns, of torch's product.
 
     Raises:
         SystemExit: an implementation differs from the reference: nothing is measured.
     """
     native = select("cpu", "native")
+    assert isinstance(native, NativeOps)
     isas = [isa for isa in ISAS if torch.ops.deltamem_native.force_isa(isa)]
     torch.ops.deltamem_native.force_isa("")
     rows: list[dict[str, Any]] = []
@@ -119,10 +163,11 @@ def measure(tokens: int = 2048, repeats: int = 7, threads: tuple[int, ...] = (1,
         )
         case, naive = Case(shape, tokens), Case(shape, NAIVE_TOKENS)
         decodes = {n: Case(shape, 2 * BLOCK, n) for n in DECODES}
+        layer = Layer(Case(shape, STEP))
         arms = [(isa, n) for isa in isas for n in threads]
         for isa, n in arms:
             with running(isa, n):
-                if not (worst := check(case, native)) <= TOLERANCE:
+                if not (worst := max(check(case, native), layer.check(native))) <= TOLERANCE:
                     raise SystemExit(f"native ({isa}) differs from the reference by {worst:.1e}: nothing is measured")
                 for each in decodes.values():
                     each.prefill(native)
@@ -130,19 +175,23 @@ def measure(tokens: int = 2048, repeats: int = 7, threads: tuple[int, ...] = (1,
         for _ in range(repeats):
             for isa, n in arms:
                 with running(isa, n):
-                    _time(times, (isa, n, "prefill_ns"), lambda: case.prefill(native), CALLS, tokens / 1e9)  # noqa: B023
+                    _time(times, (isa, n, "prefill_ns"), partial(case.prefill, native), CALLS, tokens / 1e9)
                     _time(times, (isa, n, "activation_ns"), case.activate, CALLS, tokens / 1e9)
+                    for name, work in (("scanned_ns", layer.scanned), ("corrected_ns", layer.corrected)):
+                        _time(times, (isa, n, name), partial(work, native), CALLS, STEP / 1e9)
                     for count, each in decodes.items():
-                        _time(times, (isa, n, f"decode_{count}_us"), lambda each=each: each.decode(native), 200, 1e-6)
+                        _time(times, (isa, n, f"decode_{count}_us"), partial(each.decode, native), 200, 1e-6)
             with running("", 1):
                 _time(times, ("naive",), naive.naive, 1, NAIVE_TOKENS / 1e9)
+                _time(times, ("product",), layer.product, CALLS, STEP / 1e9)
         for isa, n in arms:
-            row = {"implementation": "native", "isa": isa, "threads": n, "rank": rank, "heads": heads}
+            row: dict[str, Any] = {"implementation": "native", "isa": isa, "threads": n, "rank": rank, "heads": heads}
             row |= {key[2]: statistics.median(values) for key, values in times.items() if key[:2] == (isa, n)}
+            row["correct_ns"] = row.pop("corrected_ns") - row.pop("scanned_ns")
             rows.append({**row, "scan_ns": row["prefill_ns"] - row["activation_ns"] if n == 1 else None})
         rows.append({
             "implementation": "naive torch loop", "isa": None, "threads": 1, "rank": rank, "heads": heads,
-            "prefill_ns": statistics.median(times["naive",]),
+            "prefill_ns": statistics.median(times["naive",]), "correct_ns": statistics.median(times["product",]),
         })  # fmt: skip
     return rows
 
@@ -164,18 +213,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     rows = measure(args.tokens, args.repeats)
-    table = Table("arm", "threads", "rank", "heads", "prefill", "activation", "scan", *(f"decode {n}" for n in DECODES))
+    measured = ("prefill", "activation", "scan", "correction", *(f"decode {n}" for n in DECODES))
+    table = Table("arm", "threads", "rank", "heads", *measured)
     for row in rows:
-        ns = (
-            "" if row.get(name) is None else f"{row[name]:,.1f}" for name in ("prefill_ns", "activation_ns", "scan_ns")
-        )
+        names = ("prefill_ns", "activation_ns", "scan_ns", "correct_ns")
+        ns = ("" if row.get(name) is None else f"{row[name]:,.1f}" for name in names)
         us = (f"{row[name]:.1f}" if (name := f"decode_{n}_us") in row else "" for n in DECODES)
         arm = row["implementation"] if row["isa"] is None else f"native ({row['isa']})"
         table.add_row(arm, str(row["threads"]), str(row["rank"]), str(row["heads"]), *ns, *us)
     console = Console()
     console.print(
-        f"ns per token and layer over {args.tokens} tokens; µs per decode step of 1, 8 and 64 requests and layer, half "
-        f"a block to replay; median of {args.repeats}"
+        f"ns per token and layer over {args.tokens} tokens, of corrections over {STEP}; µs per decode step of 1, 8 and "
+        f"64 requests and layer, half a block to replay; median of {args.repeats}"
     )
     console.print(table)
 

@@ -233,7 +233,7 @@ def rows(count: int = 2048, layers: int = 36) -> list[Row]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--commits", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=36)
     args = parser.parse_args()

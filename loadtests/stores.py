@@ -61,6 +61,7 @@ def measure(store: StateStore, commits: int, state: np.ndarray) -> dict[str, tup
 
     def lease(turn: int) -> None:
         key = SessionKey("loadtest", f"s{turn}")
+        assert leases is not None
         if not leases.acquire(key).ours:
             raise SystemExit("a lease was refused: nothing is reported")
         leases.release([key])

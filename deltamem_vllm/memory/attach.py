@@ -15,7 +15,8 @@ from deltamem_vllm.adapter.weights import Adapter, LayerWeights, load_adapter
 from deltamem_vllm.config import Settings, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.memory.chain import Chain
-from deltamem_vllm.memory.layer import MemoryLayer, attach
+from deltamem_vllm.memory.hooks import attach
+from deltamem_vllm.memory.layer import MemoryLayer
 from deltamem_vllm.memory.pages import SUFFIX, StatePages, WriteMasks
 from deltamem_vllm.memory.preflight import backbone_shape
 from deltamem_vllm.memory.scan import kernels_for

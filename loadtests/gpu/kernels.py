@@ -7,6 +7,7 @@ costs more than its bytes.
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,11 @@ class Step:
         """The step."""
         pages = self.copies[turn % len(self.copies)]
         ops.page_scan(self.shape, self.projected, self.bias, pages, self.batch, self.reads)
+
+    def run_all(self, ops: PagedOps, turns: int) -> None:
+        """So many steps, one after the other."""
+        for turn in range(turns):
+            self.run(ops, turn)
 
     def bytes(self, replayed: int) -> int:
         """Bytes a step must move at least, ``replayed`` log rows to get to the state."""
@@ -119,7 +125,7 @@ def decode(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
             _agree(part, step, ops)
             row: dict[str, Any] = {"bytes": step.bytes(8), "floor of its bytes": _floor(step.bytes(8), bandwidth)}
             for name, kernel in ops.items():
-                graph = part.captured(lambda kernel=kernel, step=step: [step.run(kernel, i) for i in range(inner)])
+                graph = part.captured(partial(step.run_all, kernel, inner))
                 row[name] = median_us([s / inner for s in part.seconds(graph)])
             part.note(f"decode us, B={requests}, heads={heads}", row)
 
@@ -133,7 +139,7 @@ def prefill(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
         _agree(part, step, ops)
         row: dict[str, Any] = {"bytes": step.bytes(0), "floor of its bytes": _floor(step.bytes(0), bandwidth)}
         for name, kernel in ops.items():
-            row[name] = median_us(part.seconds(part.captured(lambda kernel=kernel, step=step: step.run(kernel))))
+            row[name] = median_us(part.seconds(part.captured(partial(step.run, kernel))))
         for name in ("cuda", "triton"):
             if name in row and f"{name}, one launch" in row:
                 row[f"{name}: one launch / chunks"] = round(row[f"{name}, one launch"] / row[name], 1)
@@ -146,7 +152,7 @@ def update(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
     step = Step(part, SHAPE, requests, 1, 1)
     _agree(part, step, ops)
     for name, kernel in ops.items():
-        seconds = statistics.median(part.seconds(lambda kernel=kernel: step.run(kernel)))
+        seconds = statistics.median(part.seconds(partial(step.run, kernel)))
         part.note(f"update of {requests} states, {name}", _moved(step.bytes(1), seconds, bandwidth))
 
 
@@ -169,10 +175,8 @@ def pool(part: Part, ops: dict[str, PagedOps], bandwidth: float) -> None:
         own.take(SHAPE, book, blocks, none, slots, taken, None)
         if not torch.equal(taken, states):
             raise SystemExit(f"{name}: states came back different: nothing is measured")
-        seed = statistics.median(part.seconds(lambda own=own: own.seed(SHAPE, book, blocks, slots, states, None)))
-        take = statistics.median(
-            part.seconds(lambda own=own, taken=taken: own.take(SHAPE, book, blocks, none, slots, taken, None))
-        )
+        seed = statistics.median(part.seconds(partial(own.seed, SHAPE, book, blocks, slots, states, None)))
+        take = statistics.median(part.seconds(partial(own.take, SHAPE, book, blocks, none, slots, taken, None)))
         for what, seconds in (("seed", seed), ("take", take)):
             part.note(f"{what} of {sessions} sessions, {name}", _moved(moved, seconds, bandwidth))
 
@@ -185,7 +189,7 @@ def main() -> None:
     failed = False
     for measure in (node, decode, prefill, update, pool):
         try:
-            measure(part) if measure is node else measure(part, ops, bandwidth)  # type: ignore[call-arg, operator]
+            measure(part) if measure is node else measure(part, ops, bandwidth)  # type: ignore[call-arg]
         except (Exception, SystemExit) as error:  # noqa: BLE001
             part.note(f"{measure.__name__}: failed", f"{type(error).__name__}: {error}")
             failed = True

@@ -34,7 +34,7 @@ class OnDevice:
         self, shape: MemoryShape, projected: Tensor, bias: Tensor, pages: Tensor, batch: Batch, reads: Tensor
     ) -> None:
         """See `PagedOps.page_scan`."""
-        there = Batch(*(self._there(x) if isinstance(x, Tensor) else x for x in batch))
+        there = Batch._make(self._there(x) if isinstance(x, Tensor) else x for x in batch)
         own_pages, own_reads = self._there(pages), self._there(reads)
         self._ops.page_scan(shape, self._there(projected), self._there(bias), own_pages, there, own_reads)
         self._back(own_pages, pages)
@@ -57,8 +57,8 @@ class OnDevice:
         own_book = self._book(book)
         own = self._there(states)
         pinned = None if staging is None else self._pin(staging)
-        orders = (self._there(x) for x in (block_ids, counts, slots))
-        self._pool.take(shape, own_book, *orders, own, pinned)
+        ids, own_counts, own_slots = (self._there(x) for x in (block_ids, counts, slots))
+        self._pool.take(shape, own_book, ids, own_counts, own_slots, own, pinned)
         self._wait()
         self._back(own, states)
         if staging is not None and pinned is not None:

@@ -12,10 +12,12 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
@@ -71,7 +73,8 @@ class Stack:
         dtype = torch.float32 if self.part.tiny else torch.bfloat16
 
         def matrix(rows: int, columns: int, sums: int) -> Tensor:
-            return (torch.randn((rows, columns), device=device) * sums**-0.5).to(dtype)
+            made: Tensor = torch.randn((rows, columns), device=device) * sums**-0.5
+            return made.to(dtype)
 
         both = matrix(size.q + 2 * size.kv + SHAPE.projected_columns, size.hidden, size.hidden)
         qkv, memory = both.split([size.q + 2 * size.kv, SHAPE.projected_columns])
@@ -180,7 +183,7 @@ def launches(stack: Stack) -> tuple[dict[str, float], dict[str, list[str]]]:
         for event in profiler.events():
             if on_cpu and not event.name.startswith(_LAUNCHES):
                 continue
-            if not on_cpu and event.device_type != torch.autograd.DeviceType.CUDA:
+            if not on_cpu and event.device_type != DeviceType.CUDA:
                 continue
             count += 1
             time[event.name[:60]] += event.time_range.elapsed_us()
@@ -193,7 +196,7 @@ def alternate(part: Part, stack: Stack, inner: int, repeats: int) -> dict[str, f
     """Milliseconds per step of each arm, median over repeats that take turns; extra cost and noise in percent."""
     steps: dict[str, Callable[[], object]] = {}
     for arm in ARMS:
-        steps[arm] = part.captured(lambda arm=arm: stack.forward(arm))
+        steps[arm] = part.captured(partial(stack.forward, arm))
     took: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for _ in range(repeats):
         for arm, step in steps.items():

@@ -69,7 +69,7 @@ PAIRS = [("torch", FEW_SHAPES[0])] if TINY else [(name, x) for name in ("cuda", 
 PAIRS += [] if TINY else [(name, shape) for name in ("triton", "triton in chunks") for shape in FEW_SHAPES]
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # type: ignore[no-redef]
     ("ops", "shape"), PAIRS, indirect=["ops"], ids=lambda x: x if isinstance(x, str) else name_of(x)
 )
 def test_scan_is_the_reference(ops: PagedOps, shape: Any) -> None:
@@ -81,7 +81,7 @@ def test_the_projection_may_be_columns_of_a_wider_one(ops: PagedOps, shape: Any)
     check_strided(ops, shape, torch.bfloat16)
 
 
-def test_write_limit_freezes_the_state(ops: PagedOps) -> None:
+def test_write_limit_freezes_the_state(ops: PagedOps) -> None:  # type: ignore[no-redef]
     """Nearly: chunks pass a frozen state on by a product."""
     shape = FEW_SHAPES[0]
     projected, bias, state = random_inputs(shape, 40)
