@@ -143,6 +143,8 @@ def hash_blocks_with(spans_of: Callable[[Any], Any], hash_blocks: Callable[..., 
             hasher = original(hash_block_size, caching_hash_fn)
 
             def block_hasher(request: Any) -> list[bytes]:
+                if (len(request.block_hashes) + 1) * hash_block_size > request.num_tokens:
+                    return []  # no new full block, as after most tokens: the original would say so, too
                 spans = spans_of(request)
                 if not spans:
                     return hasher(request)  # type: ignore[no-any-return]
@@ -153,6 +155,26 @@ def hash_blocks_with(spans_of: Callable[[Any], Any], hash_blocks: Callable[..., 
         return get_request_block_hasher
 
     _wrap(core, "get_request_block_hasher", make)
+
+
+def skip_layer_transfers() -> None:
+    """Have an attention layer ask whether its keys and values are to be transferred before it looks itself up for it,
+    and not after: with a connector that never transfers any, that is all that each layer of each step does.
+
+    vllm 0.32: ``is_v1_kv_transfer_group`` as imported by the decorator ``maybe_transfer_kv_layer``; until that asks in
+    this order.
+    """
+    module: Any = importlib.import_module("vllm.model_executor.layers.attention.kv_transfer_utils")
+
+    def make(original: Any) -> Any:
+        group = module.get_kv_transfer_group
+
+        def is_v1_kv_transfer_group(connector: Any = None) -> bool:
+            return original(connector) and group().has_connector_metadata()  # type: ignore[no-any-return]
+
+        return is_v1_kv_transfer_group
+
+    _wrap(module, "is_v1_kv_transfer_group", make)
 
 
 def on_request_span(hold: Callable[[Any, Callable[[dict[str, Any]], None]], bool]) -> None:

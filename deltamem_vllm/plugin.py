@@ -142,6 +142,7 @@ def register() -> None:
     compat.register_connector(CONNECTOR, CONNECTOR_MODULE)
     compat.split_graph_at("deltamem::scan")
     compat.hash_blocks_with(unwritten_of, hash_blocks)
+    compat.skip_layer_transfers()
 
 
 def unwritten_of(request: Any) -> Any:

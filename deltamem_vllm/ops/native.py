@@ -102,8 +102,7 @@ class NativeOps:
         """`page_scan` of the first of a book's layers, which begins a step: each of the others is then one call of
         `scan_next`, in their order and in this thread, with rows of its own and all else as here.
         """
-        where = (*book.parts, book.layers[0].shape[1])
-        self._first(*layer, *where, *batch[:7], shape.packed)
+        self._first(*layer, *book.parts, book.width, *batch[:7], shape.packed)
 
     @staticmethod
     def scan_nothing(layers: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -36,10 +37,15 @@ class Book:
     addresses: Tensor
     block_size: int
 
-    @property
+    @cached_property  # a step of the engine asks for it
     def parts(self) -> tuple[Tensor, int, int]:
         """What kernels are told of it: addresses, floats from one page to the next, pages."""
         return self.addresses, self.layers[0].stride(0), self.layers[0].shape[0]
+
+    @cached_property
+    def width(self) -> int:
+        """Floats of a page."""
+        return int(self.layers[0].shape[1])
 
     @staticmethod
     def of(layers: list[Tensor], block_size: int) -> Book:
