@@ -2,7 +2,8 @@
 // one_step INPUT OUTPUT. Written and read by tests/ops/test_cross.py; little-endian, all numbers of 4 bytes.
 //
 // INPUT: rank, heads, rankwise, couple, normalize, mode, dtype, T, N, blocks, page floats, then projected [T, columns]
-// (padded to 4 bytes), bias, pages, block ids. OUTPUT: reads [T, width], pages after the step.
+// (padded to 4 bytes), bias, pages, block ids; then rows [T, kCorrected] and the matrix of their correction (padded, too).
+// OUTPUT: reads [T, width], pages after the step, rows corrected.
 #include <cstdio>
 #include <vector>
 
@@ -11,6 +12,8 @@
 namespace deltamem::isa_cross {
 extern const Kernels table;
 }
+
+constexpr int64_t kCorrected = 50;  // a tile and a part of one
 
 int main(int, char** arguments) {
   using namespace deltamem;
@@ -26,7 +29,9 @@ int main(int, char** arguments) {
   std::vector<int32_t> table(blocks);
   size_t got = fread(projected.data(), 4, projected.size(), in) + fread(bias.data(), 4, bias.size(), in);
   got += fread(pages.data(), 4, pages.size(), in) + fread(table.data(), 4, table.size(), in);
-  if (got != projected.size() + bias.size() + pages.size() + table.size()) return 3;
+  std::vector<float> rows((tokens * kCorrected * bytes + 3) / 4), matrix(2 * kMatrixTile * shape.width() * bytes / 4);
+  got += fread(rows.data(), 4, rows.size(), in) + fread(matrix.data(), 4, matrix.size(), in);
+  if (got != projected.size() + bias.size() + pages.size() + table.size() + rows.size() + matrix.size()) return 3;
 
   const int32_t starts[] = {0, tokens}, order[] = {0};
   const std::vector<int32_t> limits(blocks, INT32_MAX);
@@ -37,7 +42,7 @@ int main(int, char** arguments) {
   const Plan plan = {Cut::none, 1, true, order};
   std::vector<float> workspace(workspace_floats(shape, plan, tokens));
   isa_cross::table.page_scan(shape, args, plan, nullptr, workspace.data());
-  fwrite(reads.data(), 4, reads.size(), out);
-  fwrite(pages.data(), 4, pages.size(), out);
+  isa_cross::table.correct({rows.data(), kCorrected, dtype, matrix.data(), kCorrected, reads.data(), shape.width()}, 0, tokens);
+  for (const auto* made : {&reads, &pages, &rows}) fwrite(made->data(), 4, made->size(), out);
   return fclose(out);
 }
