@@ -132,7 +132,7 @@ def parse_payload(data: bytes | memoryview, shape: Shape) -> tuple[Array, Array]
     """base and end, [L, H, r, r] fp32, copied out of a safetensors payload: views of one array that nobody else has.
 
     What numpy does to an array of this size lets other threads run meanwhile, and waits for them: twice as often where
-    each state is copied and summed up by itself, which took a third of the restores that two threads make per second.
+    each state is copied and summed up by itself.
 
     Raises:
         CorruptRecord: naming what failed.
