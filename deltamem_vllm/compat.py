@@ -158,23 +158,25 @@ def hash_blocks_with(spans_of: Callable[[Any], Any], hash_blocks: Callable[..., 
 
 
 def skip_layer_transfers() -> None:
-    """Have an attention layer ask whether its keys and values are to be transferred before it looks itself up for it,
-    and not after: with a connector that never transfers any, that is all that each layer of each step does.
+    """Have attention layers pass by a connector whose attribute ``transfers_no_layers`` is true.
 
-    vllm 0.32: ``is_v1_kv_transfer_group`` as imported by the decorator ``maybe_transfer_kv_layer``; until that asks in
-    this order.
+    Else each layer of each step is looked up before vLLM asks whether its keys and values are to be transferred.
+
+    vllm 0.32: ``has_kv_transfer_group`` as imported by the decorator ``maybe_transfer_kv_layer``, and the variable
+    that it looks at; until a connector can say so.
     """
     module: Any = importlib.import_module("vllm.model_executor.layers.attention.kv_transfer_utils")
+    state: Any = importlib.import_module("vllm.distributed.kv_transfer.kv_transfer_state")
+    if not hasattr(state, "_KV_CONNECTOR_AGENT"):
+        raise ConfigError("this vLLM has no kv_transfer_state._KV_CONNECTOR_AGENT: deltamem_vllm needs vLLM 0.32")
 
     def make(original: Any) -> Any:
-        group = module.get_kv_transfer_group
+        def has_kv_transfer_group() -> bool:
+            return not getattr(state._KV_CONNECTOR_AGENT, "transfers_no_layers", False) and original()
 
-        def is_v1_kv_transfer_group(connector: Any = None) -> bool:
-            return original(connector) and group().has_connector_metadata()  # type: ignore[no-any-return]
+        return has_kv_transfer_group
 
-        return is_v1_kv_transfer_group
-
-    _wrap(module, "is_v1_kv_transfer_group", make)
+    _wrap(module, "has_kv_transfer_group", make)
 
 
 def on_request_span(hold: Callable[[Any, Callable[[dict[str, Any]], None]], bool]) -> None:

@@ -46,41 +46,39 @@ inline void check_rows(const char* name, const Tensor& rows, int64_t columns) {
           rows.stride(1));
 }
 
+// Which tokens of a step belong to which request, and which of them are written.
+struct Batch {
+  const Tensor &block_table, &query_start_loc, &seq_lens, &write_limit, &unwritten;
+  int64_t num_reqs;
+};
+
 // Every index that the kernel will follow; throws before anything has changed.
-inline void check_requests(const deltamem::ScanArgs& args, int64_t tokens, int64_t num_blocks, int64_t table_width) {
-  for (int64_t i = 0; i < args.num_reqs; i++) {
-    const int64_t start = args.query_start_loc[i], stop = args.query_start_loc[i + 1];
+inline void check_requests(const deltamem::BatchArgs& batch, int64_t size, int64_t tokens, int64_t num_blocks, int64_t table_width) {
+  for (int64_t i = 0; i < batch.num_reqs; i++) {
+    const int64_t start = batch.query_start_loc[i], stop = batch.query_start_loc[i + 1];
     if (stop <= start) continue;
-    const int64_t length = args.seq_lens[i], context = length - (stop - start), size = args.pages.block_size;
-    const int64_t last_page = (length - 1) / size;
+    const int64_t length = batch.seq_lens[i], context = length - (stop - start), last_page = (length - 1) / size;
     require(start >= 0 && stop <= tokens && context >= 0 && last_page < table_width, "page_scan: request ", i,
             " has rows ", start, " to ", stop, " of ", tokens, " and sequence length ", length,
             "; its block table holds ", table_width, " blocks of ", size, " tokens");
-    const int32_t* blocks = args.block_table + i * args.table_stride;
+    const int32_t* blocks = batch.block_table + i * batch.table_stride;
     const auto known = [&](int64_t block) {
       require(block >= 0 && block < num_blocks, "page_scan: request ", i, " uses block ", block, ", but there are ",
               num_blocks, " pages");
     };
     known(blocks[0]);
-    if (args.write_limit[blocks[0]] < 0) continue;
+    if (batch.write_limit[blocks[0]] < 0) continue;
     for (int64_t page = context > 0 ? (context - 1) / size : 0; page <= last_page; page++) known(blocks[page]);
   }
 }
 
-// Which tokens of a step belong to which request, and which of them are written.
-struct StepBatch {
-  const Tensor &block_table, &query_start_loc, &seq_lens, &write_limit, &unwritten;
-  int64_t num_reqs;
-};
-
-// A step without its rows; tokens: as many as there will be.
-inline deltamem::ScanArgs scan_args(const deltamem::Pages& pages, int64_t num_blocks, const StepBatch& batch, int64_t tokens) {
+inline deltamem::BatchArgs batch_args(const Batch& batch, int64_t block_size, int64_t tokens, int64_t num_blocks) {
   const auto& [block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs] = batch;
   check("block_table", block_table, ScalarType::Int, {-1, -1});
   check("query_start_loc", query_start_loc, ScalarType::Int, {-1});
   check("seq_lens", seq_lens, ScalarType::Int, {-1});
   check("write_limit", write_limit, ScalarType::Int, {num_blocks});
-  check("unwritten", unwritten, ScalarType::Int, {num_blocks, (pages.block_size + 31) / 32});
+  check("unwritten", unwritten, ScalarType::Int, {num_blocks, (block_size + 31) / 32});
   require(query_start_loc.is_contiguous() && seq_lens.is_contiguous() && write_limit.is_contiguous() &&
               unwritten.is_contiguous() && (block_table.stride(1) == 1 || block_table.size(1) < 2),
           "page_scan: query_start_loc, seq_lens, write_limit, unwritten and the rows of block_table must be contiguous");
@@ -88,11 +86,30 @@ inline deltamem::ScanArgs scan_args(const deltamem::Pages& pages, int64_t num_bl
               block_table.size(0) >= num_reqs,
           "page_scan: ", num_reqs, " requests, but query_start_loc has ", query_start_loc.size(0), " entries, seq_lens ",
           seq_lens.size(0), " and block_table ", block_table.size(0), " rows");
-  const deltamem::ScanArgs args = {nullptr, 0, deltamem::Dtype::f32, nullptr, pages, data<int32_t>(block_table),
-                                   block_table.stride(0), data<int32_t>(query_start_loc), data<int32_t>(seq_lens),
-                                   data<int32_t>(write_limit), data<uint32_t>(unwritten), nullptr, 0, num_reqs};
-  check_requests(args, tokens, num_blocks, block_table.size(1));
+  const deltamem::BatchArgs args = {data<int32_t>(block_table), block_table.stride(0), data<int32_t>(query_start_loc),
+                                    data<int32_t>(seq_lens), data<int32_t>(write_limit), data<uint32_t>(unwritten), num_reqs};
+  check_requests(args, block_size, tokens, num_blocks, block_table.size(1));
   return args;
+}
+
+// A step that has been planned, but for its layers' own tensors.
+struct Step {
+  deltamem::Shape shape;
+  deltamem::ScanArgs args;
+  deltamem::Planned planned;
+  int64_t tokens = 0;
+};
+
+// Throws before anything else has changed.
+inline void plan_step(const deltamem::Shape& shape, const deltamem::Pages& pages, int64_t num_blocks, const Batch& batch,
+                      int64_t tokens, Step& step) {
+  const deltamem::BatchArgs args = batch_args(batch, pages.block_size, tokens, num_blocks);
+  deltamem::make_plan(shape, pages, args, num_blocks, torch::stable::get_num_threads(), step.planned);
+  step.shape = shape;
+  step.tokens = tokens;
+  step.args = {};
+  step.args.pages = pages;
+  step.args.unwritten = args.unwritten;
 }
 
 // One layer's tensors in a step.
@@ -111,8 +128,8 @@ inline int64_t tokens_of(const LayerRows& layer) {
 }
 
 // Where one layer's activation reads, and where its reads go.
-inline void set_rows(const deltamem::Shape& shape, const LayerRows& layer, deltamem::ScanArgs& args) {
-  const int64_t columns = shape.projected_columns(), tokens = tokens_of(layer);
+inline void set_rows(const deltamem::Shape& shape, const LayerRows& layer, int64_t tokens, deltamem::ScanArgs& args) {
+  const int64_t columns = shape.projected_columns();
   const char* name = layer.projected ? "projected" : "rows";
   const Tensor& from = layer.projected ? *layer.projected : *layer.rows;
   args.dtype = dtype_of(name, from);
@@ -122,35 +139,32 @@ inline void set_rows(const deltamem::Shape& shape, const LayerRows& layer, delta
   check("reads", layer.reads, ScalarType::Float, {-1, shape.width()});
   require(layer.bias.is_contiguous() && layer.reads.is_contiguous(), "page_scan: bias and reads must be contiguous");
   require(layer.reads.size(0) >= tokens, "page_scan: reads has ", layer.reads.size(0), " rows for ", tokens, " tokens");
-  const int64_t bytes = args.dtype == deltamem::Dtype::f32 ? 4 : 2;
-  args.projected = data<char>(from) + (from.size(1) - columns) * bytes;
+  args.projected = data<char>(from) + (from.size(1) - columns) * bytes_of(args.dtype);
   args.projected_stride = from.stride(0);
   args.bias = data<float>(layer.bias);
   args.reads = static_cast<float*>(layer.reads.data_ptr());
   args.num_rows = layer.reads.size(0);
 }
 
-// What of one layer's rows is corrected; no columns: nothing is.
-inline deltamem::CorrectionArgs correction_args(const deltamem::Shape& shape, const LayerRows& layer) {
+// What of one layer's rows is corrected; no columns: nothing is. args: of `set_rows`.
+inline deltamem::CorrectionArgs correction_args(const deltamem::Shape& shape, const LayerRows& layer, int64_t tokens,
+                                                const deltamem::ScanArgs& args) {
   if (!layer.matrix) return {};
   require(layer.rows.has_value(), "a correction needs the rows that it is of");
   const Tensor &rows = *layer.rows, &matrix = *layer.matrix;
-  const deltamem::Dtype dtype = dtype_of("rows", rows);
-  check_rows("rows", rows, -1);
-  require(rows.size(0) == tokens_of(layer), "rows: expected one for each of ", tokens_of(layer), " tokens, got ", rows.size(0));
+  deltamem::Dtype dtype = args.dtype;
+  if (layer.projected) {  // else they are the activation's, and have been checked
+    dtype = dtype_of("rows", rows);
+    check_rows("rows", rows, -1);
+    require(rows.size(0) == tokens, "rows: expected one for each of ", tokens, " tokens, got ", rows.size(0));
+  }
   check("matrix", matrix, rows.scalar_type(), {-1, shape.width(), deltamem::kMatrixTile});
   const int64_t room = rows.size(1) - (layer.projected ? 0 : shape.projected_columns()) - layer.first;
   const int64_t columns = matrix.size(0) * deltamem::kMatrixTile;
   require(matrix.is_contiguous() && layer.first >= 0 && columns - room < deltamem::kMatrixTile,
           "matrix: expected whole tiles of at most ", room, " columns from column ", layer.first, " on, got ", columns);
-  const int64_t bytes = dtype == deltamem::Dtype::f32 ? 4 : 2;
-  return {static_cast<char*>(rows.data_ptr()) + layer.first * bytes, rows.stride(0), dtype, matrix.data_ptr(),
-          columns < room ? columns : room, data<float>(layer.reads), shape.width()};
-}
-
-inline void run(const deltamem::Shape& shape, const deltamem::ScanArgs& args, const deltamem::Plan& plan, int64_t tokens) {
-  deltamem::kernels().page_scan(shape, args, plan, in_parallel,
-                                workspace(deltamem::workspace_floats(shape, plan, tokens)));
+  return {static_cast<char*>(rows.data_ptr()) + layer.first * bytes_of(dtype), rows.stride(0), dtype, matrix.data_ptr(),
+          columns < room ? columns : room, args.reads, shape.width()};
 }
 
 // Over threads where that pays: tokens of one piece stay on one.
@@ -160,6 +174,16 @@ inline void correct(const deltamem::CorrectionArgs& args, int64_t tokens) {
   const auto function = deltamem::kernels().correct;
   if (tokens <= kPiece || torch::stable::get_num_threads() == 1) return function(args, 0, tokens);
   torch::stable::parallel_for(0, tokens, kPiece, [=](int64_t begin, int64_t end) { function(args, begin, end); });
+}
+
+// One layer of a step; nothing has changed if it throws.
+inline void run_layer(Step& step, const LayerRows& layer) {
+  set_rows(step.shape, layer, step.tokens, step.args);
+  const deltamem::CorrectionArgs correction = correction_args(step.shape, layer, step.tokens, step.args);
+  const deltamem::Plan& plan = step.planned.plan;
+  float* room = workspace(deltamem::workspace_floats(step.shape, plan, step.tokens));
+  deltamem::kernels().page_scan(step.shape, step.args, plan, in_parallel, room);
+  correct(correction, step.tokens);
 }
 
 }  // namespace deltamem_bindings

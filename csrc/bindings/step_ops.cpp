@@ -17,30 +17,15 @@ namespace {
 
 using namespace deltamem_bindings;
 
-struct CurrentStep {
+struct CurrentStep : Step {
   int64_t layers = 0, next = 0;  // next: the layer whose turn it is; 0: no step has begun
   bool idle = false;             // no request, no page: reads are zero
-  deltamem::Shape shape;
-  deltamem::ScanArgs args;
-  deltamem::Plan plan;
-  int64_t tokens = 0;
   std::vector<int64_t> addresses;
-  std::vector<int32_t> order;
-  std::vector<Tensor> held;  // what args point into, however long the caller keeps it
+  std::vector<Tensor> held;  // what the step points into, however long the caller keeps it
 
   void done() { next = next + 1 < layers ? next + 1 : 0; }
 };
 thread_local CurrentStep current;
-
-// A layer's own part of the step that stands in `current`; nothing has changed if it throws.
-void run_layer(const LayerRows& layer) {
-  CurrentStep& step = current;
-  set_rows(step.shape, layer, step.args);
-  const deltamem::CorrectionArgs correction = correction_args(step.shape, layer);
-  run(step.shape, step.args, step.plan, step.tokens);
-  correct(correction, step.tokens);
-  step.done();
-}
 
 void scan_first(const std::optional<Tensor>& rows, const std::optional<Tensor>& projected, const Tensor& bias,
                 const std::optional<Tensor>& matrix, int64_t first, const Tensor& reads, const Tensor& addresses,
@@ -50,25 +35,22 @@ void scan_first(const std::optional<Tensor>& rows, const std::optional<Tensor>& 
   const LayerRows layer = {rows, projected, bias, matrix, first, reads};
   CurrentStep& step = current;
   step.next = 0;
-  step.shape = make_shape(packed_shape);
+  const deltamem::Shape shape = make_shape(packed_shape);
   check("addresses", addresses, ScalarType::Long, {-1});
   require(addresses.is_contiguous() && addresses.size(0) > 0, "addresses must be contiguous, and name a layer");
   require(block_size >= 1 && page_stride >= page_width &&
-              page_width >= step.shape.state_floats() + block_size * step.shape.log_columns(),
+              page_width >= shape.state_floats() + block_size * shape.log_columns(),
           "pages of ", page_width, " floats, ", page_stride, " apart, cannot hold ", block_size, " tokens");
   const int64_t* all = data<int64_t>(addresses);
   step.addresses.assign(all, all + addresses.size(0));
   const deltamem::Pages pages = {reinterpret_cast<float*>(step.addresses[0]), page_stride, block_size, page_width};
-  step.tokens = tokens_of(layer);
-  step.args = scan_args(pages, num_blocks, {block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs},
-                        step.tokens);
-  step.plan = deltamem::make_plan(step.shape, step.args, num_blocks, torch::stable::get_num_threads());
-  step.order.assign(step.plan.order, step.plan.order + num_reqs);
-  step.plan.order = step.order.data();
-  step.held = {block_table, query_start_loc, seq_lens, write_limit, unwritten};
+  plan_step(shape, pages, num_blocks, {block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs},
+            tokens_of(layer), step);
+  step.held = {block_table, unwritten};
   step.layers = addresses.size(0);
   step.idle = false;
-  run_layer(layer);
+  run_layer(step, layer);
+  step.done();
 }
 
 void scan_nothing(int64_t layers) {
@@ -92,7 +74,8 @@ void scan_next(const std::optional<Tensor>& rows, const std::optional<Tensor>& p
   const LayerRows own = {rows, projected, bias, matrix, first, reads};
   require(tokens_of(own) == step.tokens, "scan_next: ", tokens_of(own), " rows in a step of ", step.tokens, " tokens");
   step.args.pages.data = reinterpret_cast<float*>(step.addresses[layer]);
-  run_layer(own);
+  run_layer(step, own);
+  step.done();
 }
 
 // Under tracing: rows are corrected in place, reads have their shape already.

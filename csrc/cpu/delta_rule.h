@@ -12,6 +12,8 @@ namespace deltamem {
 enum class Mode : int64_t { standard = 0, lambda_outside = 1, no_lambda = 2 };
 enum class Dtype : int64_t { f32 = 0, bf16 = 1, f16 = 2 };
 
+constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
 struct Shape {
   int64_t rank, heads;
   bool rankwise, couple, normalize;
@@ -41,6 +43,33 @@ inline int64_t thread_floats(const Shape& shape) {
   return (shape.state_floats() + kTile * tile + 4 * kPad + 15) / 16 * 16;
 }
 
+// Which tokens of a step belong to which request, and which of them are written.
+struct BatchArgs {
+  const int32_t* block_table;
+  int64_t table_stride;  // int32s from one request's row to the next
+  const int32_t* query_start_loc;
+  const int32_t* seq_lens;
+  const int32_t* write_limit;  // by block
+  const uint32_t* unwritten;   // [blocks, ceil(N / 32)]; a bit that is set: that token of the block is only read
+  int64_t num_reqs;
+};
+
+// One request's part of a step, the same in every layer: looked up once. Between two layers a model's weights go through
+// the caches, and each of a batch's tables would cost every request a line from memory again.
+struct alignas(64) Request {
+  const int32_t* blocks;     // its row of the block table
+  int64_t token, stop;       // rows token ... stop-1 of projected
+  int64_t position, limit;   // position: of the first of them; from the limit on tokens are only read
+  int32_t behind, replayed;  // it goes on behind so many tokens of this block; 0: it begins at that block's base
+  int32_t first;             // block of its first token
+  bool all_written;          // none of its tokens is only read
+};
+
+// from ... to-1
+struct Range {
+  int64_t from, to;
+};
+
 // How a step is cut over threads. Every cut gives the same bits.
 enum class Cut {
   none,      // one thread
@@ -51,8 +80,11 @@ enum class Cut {
 struct Plan {
   Cut cut;
   int64_t threads;
-  bool independent;      // no request resumes from a page that another one writes in this step
-  const int32_t* order;  // [num_reqs] requests; if they are not independent: whoever writes a page before who uses it
+  bool independent;         // no request resumes from a page that another one writes in this step
+  const Request* requests;  // that have tokens and a memory; if they are not independent: whoever writes a page before who uses it
+  int64_t num_requests;
+  const Range* idle;  // rows of no such request, whose reads are zero; the last range goes on to the end
+  int64_t num_idle;
 };
 
 // body(context, slot) for each slot < count, at the same time where that is possible.
@@ -78,20 +110,16 @@ struct Pages {
   }
 };
 
+// One layer of a step.
 struct ScanArgs {
   const void* projected;     // [T, projected_columns]
   int64_t projected_stride;  // elements from one token's row to the next
   Dtype dtype;               // of projected
   const float* bias;      // [gate_columns]
   Pages pages;
-  const int32_t* block_table;
-  int64_t table_stride;  // int32s from one request's row to the next
-  const int32_t* query_start_loc;
-  const int32_t* seq_lens;
-  const int32_t* write_limit;  // by block
-  const uint32_t* unwritten;   // [blocks, ceil(N / 32)]; a bit that is set: that token of the block is only read
-  float* reads;                // [num_rows, width]
-  int64_t num_rows, num_reqs;
+  const uint32_t* unwritten;  // as in BatchArgs
+  float* reads;               // [num_rows, width]
+  int64_t num_rows;
 };
 
 // Floats of workspace that a step needs; T: its tokens.

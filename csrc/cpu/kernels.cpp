@@ -17,21 +17,6 @@ void transpose(int64_t r, const float* from, float* to) {
     for (int64_t j = 0; j < r; j++) to[i * r + j] = from[j * r + i];
 }
 
-// One request's part of a step.
-struct Request {
-  const int32_t* blocks;
-  int64_t token, stop, position, limit;  // rows token ... stop-1 of projected; position: of the first
-};
-
-// False for a request that has no tokens or no memory.
-bool find(const ScanArgs& args, int64_t i, Request& request) {
-  const int64_t token = args.query_start_loc[i], stop = args.query_start_loc[i + 1];
-  if (stop <= token) return false;
-  const int32_t* blocks = args.block_table + i * args.table_stride;
-  request = {blocks, token, stop, args.seq_lens[i] - (stop - token), args.write_limit[blocks[0]]};
-  return request.limit >= 0;
-}
-
 // What every thread of a step shares.
 struct Step {
   const Shape& shape;
@@ -72,10 +57,15 @@ void forget_running(const Step& step, int64_t block, int64_t head) {
   if (float* kept = step.args.pages.running(block, step.shape, head)) memset(kept, 0, sizeof(Stamp));
 }
 
+// The block of a page of a request, without its row of the block table where that is known.
+int64_t block_of(const Request& request, int64_t page, int64_t size) {
+  return page == request.position / size ? request.first : request.blocks[page];
+}
+
 // Keep the state after a request's last token of this step.
 void keep_running(const Step& step, const Request& request, int64_t head, const float* state) {
   const int64_t size = step.args.pages.block_size, last = request.position + (request.stop - request.token) - 1;
-  float* kept = step.args.pages.running(request.blocks[last / size], step.shape, head);
+  float* kept = step.args.pages.running(block_of(request, last / size, size), step.shape, head);
   if (!kept || last % size + 1 == size) return;
   const Stamp stamp = {kMark, static_cast<uint32_t>(last % size + 1)};
   memcpy(kept, &stamp, sizeof stamp);
@@ -85,12 +75,10 @@ void keep_running(const Step& step, const Request& request, int64_t head, const 
 // Bring one head's `state` (transposed) to where a request's first token of this step finds it.
 void resume(const Step& step, const Request& request, int64_t head, float* state) {
   const Pages& pages = step.args.pages;
-  const int64_t r = step.shape.rank, last = request.position - 1;
-  const int64_t block = request.blocks[last < 0 ? 0 : last / pages.block_size];
-  const int64_t tokens = last < 0 ? 0 : last % pages.block_size + 1;
-  if (tokens && find_running(step, block, tokens, head, state)) return;
-  transpose(r, pages.base(block) + head * r * r, state);
-  if (tokens) step.span(step.shape, head, tokens, nullptr, pages.log(block, step.shape, 0), nullptr, state);
+  const int64_t r = step.shape.rank;
+  if (request.replayed && find_running(step, request.behind, request.replayed, head, state)) return;
+  transpose(r, pages.base(request.behind) + head * r * r, state);
+  if (request.replayed) step.span(step.shape, head, request.replayed, nullptr, pages.log(request.behind, step.shape, 0), nullptr, state);
 }
 
 // The tokens of a request from `token` on that share a block, at most `most`.
@@ -100,19 +88,18 @@ struct Run {
 Run run_at(const Step& step, const Request& request, int64_t token, int64_t most) {
   const int64_t size = step.args.pages.block_size, position = request.position + (token - request.token);
   const int64_t slot = position % size, left = size - slot;
-  return {request.blocks[position / size], slot, most < left ? most : left};
+  return {block_of(request, position / size, size), slot, most < left ? most : left};
 }
 
 void activate_run(const Step& step, const Request& request, int64_t token, const Run& run, float* q, float* scratch) {
   const ScanArgs& args = step.args;
   const int64_t words = (args.pages.block_size + 31) / 32, position = request.position + (token - request.token);
   uint32_t idle = 0;
-  for (int64_t t = 0; t < run.n; t++) {
+  for (int64_t t = 0; t < run.n && !request.all_written; t++) {
     const uint32_t word = args.unwritten[run.block * words + (run.slot + t) / 32];
     idle |= ((word >> ((run.slot + t) % 32) & 1) | (position + t >= request.limit)) << t;
   }
-  const int64_t bytes = args.dtype == Dtype::f32 ? 4 : 2;
-  const void* rows = static_cast<const char*>(args.projected) + token * args.projected_stride * bytes;
+  const void* rows = static_cast<const char*>(args.projected) + token * args.projected_stride * bytes_of(args.dtype);
   const Tile tile = {rows, args.projected_stride, args.dtype, args.bias, idle, run.n};
   step.activate(step.shape, tile, q, args.pages.log(run.block, step.shape, run.slot), scratch);
 }
@@ -128,9 +115,7 @@ void scan_run(const Step& step, const Request& request, int64_t token, const Run
 }
 
 // A whole request on one thread, tile by tile.
-void whole_request(const Step& step, int64_t i, float* scratch) {
-  Request request;
-  if (!find(step.args, i, request)) return;
+void whole_request(const Step& step, const Request& request, float* scratch) {
   const int64_t heads = step.shape.heads, square = step.shape.rank * step.shape.rank;
   float *state = scratch, *q = state + step.shape.state_floats(), *own = q + kTile * step.shape.width();
   for (int64_t head = 0; head < heads; head++) resume(step, request, head, state + head * square);
@@ -146,8 +131,8 @@ void whole_request(const Step& step, int64_t i, float* scratch) {
 
 void requests_of_a_thread(void* context, int64_t slot) {
   Step& step = *static_cast<Step*>(context);
-  for (int64_t next; (next = step.take()) < step.args.num_reqs;)
-    whole_request(step, step.plan.order[next], step.scratch(slot));
+  for (int64_t next; (next = step.take()) < step.plan.num_requests;)
+    whole_request(step, step.plan.requests[next], step.scratch(slot));
 }
 
 // Tokens that a thread activates at a time.
@@ -157,9 +142,8 @@ void activations_of_a_thread(void* context, int64_t slot) {
   Step& step = *static_cast<Step*>(context);
   float* own = step.scratch(slot) + step.shape.state_floats() + kTile * step.shape.width();
   int64_t wanted = step.take(), first = 0;  // the first piece of request i
-  for (int64_t i = 0; i < step.args.num_reqs; i++) {
-    Request request;
-    if (!find(step.args, i, request)) continue;
+  for (int64_t i = 0; i < step.plan.num_requests; i++) {
+    const Request& request = step.plan.requests[i];
     const int64_t pieces = (request.stop - request.token + kPiece - 1) / kPiece;
     for (; wanted < first + pieces; wanted = step.take()) {
       int64_t token = request.token + (wanted - first) * kPiece;
@@ -174,9 +158,7 @@ void activations_of_a_thread(void* context, int64_t slot) {
   }
 }
 
-void scan_head(const Step& step, int64_t i, int64_t head, float* state) {
-  Request request;
-  if (!find(step.args, i, request)) return;
+void scan_head(const Step& step, const Request& request, int64_t head, float* state) {
   resume(step, request, head, state);
   for (int64_t token = request.token; token < request.stop;) {
     const Run run = run_at(step, request, token, request.stop - token);
@@ -188,33 +170,26 @@ void scan_head(const Step& step, int64_t i, int64_t head, float* state) {
 
 void heads_of_a_thread(void* context, int64_t slot) {
   Step& step = *static_cast<Step*>(context);
-  const int64_t heads = step.shape.heads, num_reqs = step.args.num_reqs;
-  const int64_t together = step.plan.independent ? 1 : num_reqs;  // requests that one thread must take in their order
-  for (int64_t next; (next = step.take()) < heads * num_reqs / together;)
+  const int64_t heads = step.shape.heads, requests = step.plan.num_requests;
+  const int64_t together = step.plan.independent ? 1 : requests;  // requests that one thread must take in their order
+  for (int64_t next; (next = step.take()) < heads * requests / together;)
     for (int64_t i = 0; i < together; i++)
-      scan_head(step, step.plan.order[next / heads * together + i], next % heads, step.scratch(slot));
+      scan_head(step, step.plan.requests[next / heads * together + i], next % heads, step.scratch(slot));
 }
 
 // Zero the reads of rows that belong to no request with memory; a request's own rows are all overwritten.
-void clear_reads(const Shape& shape, const ScanArgs& args) {
+void clear_reads(const Shape& shape, const ScanArgs& args, const Plan& plan) {
   const int64_t width = shape.width();
-  int64_t end = 0;
-  const auto zero = [&](int64_t from, int64_t to) {
-    if (from < to) memset(args.reads + from * width, 0, (to - from) * width * sizeof(float));
-  };
-  for (int64_t i = 0; i < args.num_reqs; i++) {
-    const int64_t start = args.query_start_loc[i], stop = args.query_start_loc[i + 1];
-    if (stop <= start) continue;
-    zero(end, start);
-    if (args.write_limit[args.block_table[i * args.table_stride]] < 0) zero(start, stop);
-    if (stop > end) end = stop;
+  for (int64_t i = 0; i < plan.num_idle; i++) {
+    const auto [from, to] = plan.idle[i];
+    const int64_t stop = to < args.num_rows ? to : args.num_rows;
+    if (from < stop) memset(args.reads + from * width, 0, (stop - from) * width * sizeof(float));
   }
-  zero(end, args.num_rows);
 }
 
 void page_scan(const Shape& shape, const ScanArgs& args, const Plan& plan, Parallel parallel, float* workspace) {
   Step step = {shape, args, plan, workspace, span_for(shape), activate_for(shape), 0};
-  clear_reads(shape, args);
+  clear_reads(shape, args, plan);
   if (plan.cut == Cut::none) {
     requests_of_a_thread(&step, 0);
   } else if (plan.cut == Cut::requests) {
@@ -241,8 +216,8 @@ void page_state(const Shape& shape, const StateArgs& args) {
 void activate_all(const Shape& shape, const ActivateArgs& args) {
   const Activate function = activate_for(shape);
   for (int64_t token = 0; token < args.tokens; token += kTile) {
-    const int64_t n = args.tokens - token < kTile ? args.tokens - token : kTile, bytes = args.dtype == Dtype::f32 ? 4 : 2;
-    const void* rows = static_cast<const char*>(args.projected) + token * args.projected_stride * bytes;
+    const int64_t n = args.tokens - token < kTile ? args.tokens - token : kTile;
+    const void* rows = static_cast<const char*>(args.projected) + token * args.projected_stride * bytes_of(args.dtype);
     const Tile tile = {rows, args.projected_stride, args.dtype, args.bias, 0, n};
     function(shape, tile, args.q + token * shape.width(), args.log + token * shape.log_columns(), args.workspace);
   }

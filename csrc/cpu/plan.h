@@ -1,11 +1,22 @@
 // How a step is cut over threads, and in which order its requests run.
 #pragma once
 
+#include <vector>
+
 #include "delta_rule.h"
 
 namespace deltamem {
 
-// Every index of `args` must have been checked. The plan's order is valid until this thread's next call.
-Plan make_plan(const Shape& shape, const ScanArgs& args, int64_t num_blocks, int64_t threads);
+// A plan, and what it points into.
+struct Planned {
+  Plan plan;
+  std::vector<Request> requests;
+  std::vector<Range> idle;
+};
+
+// Every index of `batch` must have been checked. The plan is valid until `planned` is used again, and points into the
+// block table.
+void make_plan(const Shape& shape, const Pages& pages, const BatchArgs& batch, int64_t num_blocks, int64_t threads,
+               Planned& planned);
 
 }  // namespace deltamem

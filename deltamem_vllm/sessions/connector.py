@@ -65,7 +65,13 @@ def _audit(settings: Settings, rank: int) -> AuditLog | None:
 
 
 class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
-    """Selected by ``--plugin deltamem``; vLLM makes one in the scheduler and one in each worker."""
+    """Selected by ``--plugin deltamem``; vLLM makes one in the scheduler and one in each worker.
+
+    Attributes:
+        transfers_no_layers: what a step orders is carried out before its first layer (`compat.skip_layer_transfers`).
+    """
+
+    transfers_no_layers = True
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -184,11 +190,6 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> Answer | None:
         assert self._worker is not None
         return self._worker.take_answer()
-
-    def has_connector_metadata(self) -> bool:
-        # Asked by every attention layer of every step, to know whether its keys and values are to be transferred. What
-        # a step's metadata orders has been carried out before the first of them.
-        return False
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         return

@@ -24,7 +24,7 @@ int main(int, char** arguments) {
   const Shape shape = {head[0], head[1], head[2] != 0, head[3] != 0, head[4] != 0, static_cast<Mode>(head[5])};
   const Dtype dtype = static_cast<Dtype>(head[6]);
   const int32_t tokens = head[7], size = head[8], blocks = head[9], floats = head[10];
-  const int64_t columns = shape.projected_columns(), bytes = dtype == Dtype::f32 ? 4 : 2;
+  const int64_t columns = shape.projected_columns(), bytes = bytes_of(dtype);
   std::vector<float> projected((tokens * columns * bytes + 3) / 4), bias(shape.gate_columns()), pages(blocks * floats);
   std::vector<int32_t> table(blocks);
   size_t got = fread(projected.data(), 4, projected.size(), in) + fread(bias.data(), 4, bias.size(), in);
@@ -33,13 +33,12 @@ int main(int, char** arguments) {
   got += fread(rows.data(), 4, rows.size(), in) + fread(matrix.data(), 4, matrix.size(), in);
   if (got != projected.size() + bias.size() + pages.size() + table.size() + rows.size() + matrix.size()) return 3;
 
-  const int32_t starts[] = {0, tokens}, order[] = {0};
-  const std::vector<int32_t> limits(blocks, INT32_MAX);
   const std::vector<uint32_t> unwritten(blocks * ((size + 31) / 32));
   std::vector<float> reads(tokens * shape.width());
-  const ScanArgs args = {projected.data(), columns, dtype, bias.data(), {pages.data(), floats, size}, table.data(), blocks,
-                         starts, &tokens, limits.data(), unwritten.data(), reads.data(), tokens, 1};
-  const Plan plan = {Cut::none, 1, true, order};
+  const ScanArgs args = {projected.data(), columns, dtype, bias.data(), {pages.data(), floats, size}, unwritten.data(),
+                         reads.data(), tokens};
+  const Request request = {table.data(), 0, tokens, 0, INT32_MAX, table[0], 0, table[0], true};
+  const Plan plan = {Cut::none, 1, true, &request, 1, nullptr, 0};
   std::vector<float> workspace(workspace_floats(shape, plan, tokens));
   isa_cross::table.page_scan(shape, args, plan, nullptr, workspace.data());
   isa_cross::table.correct({rows.data(), kCorrected, dtype, matrix.data(), kCorrected, reads.data(), shape.width()}, 0, tokens);
