@@ -92,7 +92,7 @@ def test_wrong_rules_are_seen(live: Live) -> None:
         campaign.settle()
     for expected in (
         r"AlwaysFires fired before its cause, store cut\. .*\n  >= 0\? values: 0 to 0, lastly \[0.0\]",
-        r"NeverFires did not fire within .*\n  == 2\? values: 0 to [01], lastly \[0.0\]",
+        r"NeverFires did not fire within .*\n  == 2\? values: 0 to [01], lastly \[[01].0\]",
         r"NeverCeases fires 2 s after .*\n  == 1\? values: 1 to 1, lastly \[1.0\]",
     ):
         assert re.search(expected, str(seen.value)), seen.value

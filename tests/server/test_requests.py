@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from deltamem_vllm.demo.server import VllmServer
+from deltamem_vllm.metrics import REQUESTS_WAITING
+from tests import pages
 from tests.server.talk import (
     API_KEY,
     Talk,
@@ -47,6 +49,11 @@ def wait_until(happened: Any, seconds: float = 20) -> None:
     while not happened():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
+
+
+def queued(talk: Talk) -> float:
+    """Requests that wait for the turn of their session, as the server says."""
+    return pages.at(pages.read(talk.get("/metrics").text), REQUESTS_WAITING)
 
 
 def is_free(talk: Talk, session: str) -> bool:
@@ -165,7 +172,7 @@ def crowd(talk: Talk, s: str) -> list[str]:
             waiting = []
             for i in range(2):
                 waiting.append(pool.submit(talk.complete, [100 + i, 101, 102], s))
-                time.sleep(0.1)
+                wait_until(lambda: queued(talk) == len(waiting) or waiting[-1].done())
             response = talk.complete(FACT, s)
             error = refused(response, 409, "2 requests wait for it already", "--deltamem-queue-depth")
             assert error["type"] == "ConflictError"
