@@ -19,6 +19,9 @@ from tests.sessions.harness import admit, drive, key, make_service, memory, run,
 from tests.store import services
 
 OUTAGE = 60.0 if NIGHTLY else 6.0
+SOON = "?retry=1"
+RETRY = "" if NIGHTLY else SOON
+"""Of the store's URL: a short outage has to see many tries."""
 RECOVERY = 5.0
 SESSIONS = 6
 
@@ -37,8 +40,7 @@ def proxy(postgres: services.Server) -> Iterator[services.Proxy]:
 
 
 def url_of(port: int) -> str:
-    retry = "" if NIGHTLY else "?retry=1"  # so that a short outage sees many tries
-    return f"postgresql://test@127.0.0.1:{port}/postgres{retry}"
+    return f"postgresql://test@127.0.0.1:{port}/postgres{RETRY}"
 
 
 @dataclass
@@ -166,6 +168,7 @@ def test_catches_planted_bugs(
     else:
         monkeypatch.setattr(Commits, "_save", newest_first)
     monkeypatch.setattr("tests.sessions.test_outage.OUTAGE", 3.0)
+    monkeypatch.setattr("tests.sessions.test_outage.RETRY", SOON)
     monkeypatch.setattr("tests.sessions.test_outage.RECOVERY", 3.0)
     with pytest.raises(AssertionError, match=r"are not saved|are lost|another version than it told"):
         check(postgres, proxy, None)
