@@ -78,7 +78,7 @@ inline deltamem::BatchArgs batch_args(const Batch& batch, int64_t block_size, in
   check("query_start_loc", query_start_loc, ScalarType::Int, {-1});
   check("seq_lens", seq_lens, ScalarType::Int, {-1});
   check("write_limit", write_limit, ScalarType::Int, {num_blocks});
-  check("unwritten", unwritten, ScalarType::Int, {num_blocks, (block_size + 31) / 32});
+  check("unwritten", unwritten, ScalarType::Int, {num_blocks, deltamem::mask_words(block_size)});
   require(query_start_loc.is_contiguous() && seq_lens.is_contiguous() && write_limit.is_contiguous() &&
               unwritten.is_contiguous() && (block_table.stride(1) == 1 || block_table.size(1) < 2),
           "page_scan: query_start_loc, seq_lens, write_limit, unwritten and the rows of block_table must be contiguous");

@@ -54,6 +54,14 @@ struct BatchArgs {
   int64_t num_reqs;
 };
 
+// uint32s of a block's row of `unwritten`.
+constexpr int64_t mask_words(int64_t block_size) { return (block_size + 31) / 32; }
+
+// Whether a token of a block is only read.
+constexpr bool only_read(const uint32_t* unwritten, int64_t block_size, int64_t block, int64_t slot) {
+  return unwritten[block * mask_words(block_size) + slot / 32] >> (slot % 32) & 1;
+}
+
 // One request's part of a step, the same in every layer: looked up once. Between two layers a model's weights go through
 // the caches, and each of a batch's tables would cost every request a line from memory again.
 struct alignas(64) Request {

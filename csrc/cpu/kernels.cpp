@@ -93,11 +93,11 @@ Run run_at(const Step& step, const Request& request, int64_t token, int64_t most
 
 void activate_run(const Step& step, const Request& request, int64_t token, const Run& run, float* q, float* scratch) {
   const ScanArgs& args = step.args;
-  const int64_t words = (args.pages.block_size + 31) / 32, position = request.position + (token - request.token);
+  const int64_t position = request.position + (token - request.token);
   uint32_t idle = 0;
   for (int64_t t = 0; t < run.n && !request.all_written; t++) {
-    const uint32_t word = args.unwritten[run.block * words + (run.slot + t) / 32];
-    idle |= ((word >> ((run.slot + t) % 32) & 1) | (position + t >= request.limit)) << t;
+    const bool read = only_read(args.unwritten, args.pages.block_size, run.block, run.slot + t);
+    idle |= static_cast<uint32_t>(read || position + t >= request.limit) << t;
   }
   const void* rows = static_cast<const char*>(args.projected) + token * args.projected_stride * bytes_of(args.dtype);
   const Tile tile = {rows, args.projected_stride, args.dtype, args.bias, idle, run.n};

@@ -11,12 +11,10 @@ namespace {
 constexpr int64_t kWorthThreads = 1024;
 
 bool all_written(const BatchArgs& batch, const Request& request, int64_t block_size) {
-  const int64_t words = (block_size + 31) / 32, end = request.position + (request.stop - request.token);
+  const int64_t end = request.position + (request.stop - request.token);
   if (end > request.limit) return false;
-  for (int64_t position = request.position; position < end; position++) {
-    const int64_t slot = position % block_size;
-    if (batch.unwritten[request.blocks[position / block_size] * words + slot / 32] >> (slot % 32) & 1) return false;
-  }
+  for (int64_t position = request.position; position < end; position++)
+    if (only_read(batch.unwritten, block_size, request.blocks[position / block_size], position % block_size)) return false;
   return true;
 }
 

@@ -33,7 +33,7 @@ int main(int, char** arguments) {
   got += fread(rows.data(), 4, rows.size(), in) + fread(matrix.data(), 4, matrix.size(), in);
   if (got != projected.size() + bias.size() + pages.size() + table.size() + rows.size() + matrix.size()) return 3;
 
-  const std::vector<uint32_t> unwritten(blocks * ((size + 31) / 32));
+  const std::vector<uint32_t> unwritten(blocks * mask_words(size));
   std::vector<float> reads(tokens * shape.width());
   const ScanArgs args = {projected.data(), columns, dtype, bias.data(), {pages.data(), floats, size}, unwritten.data(),
                          reads.data(), tokens};
