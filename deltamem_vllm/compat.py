@@ -18,14 +18,24 @@ from deltamem_vllm.errors import ConfigError
 _MARK = "_deltamem_wrapped"
 
 
-def _wrap(owner: Any, name: str, make: Callable[[Any], Any], *, static: bool = False) -> None:
-    """Replace ``owner.name`` by ``make(original)`` once; a second call does nothing."""
-    original = getattr(owner, name, None)
-    if original is None:
+def _found(owner: Any, name: str) -> Any:
+    """``owner.name``.
+
+    Raises:
+        ConfigError: this vLLM has none.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError:
         raise ConfigError(
             f"this vLLM has no {getattr(owner, '__name__', owner)}.{name}: deltamem_vllm needs vLLM 0.32; "
             "install that version, or a deltamem-vllm made for yours"
-        )
+        ) from None
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Any], Any], *, static: bool = False) -> None:
+    """Replace ``owner.name`` by ``make(original)`` once; a second call does nothing."""
+    original = _found(owner, name)
     if getattr(original, _MARK, False):
         return
     replacement = functools.wraps(original)(make(original))
@@ -114,9 +124,7 @@ def split_graph_at(op: str) -> None:
     """
     from vllm.config import CompilationConfig
 
-    ops: list[str] | None = getattr(CompilationConfig, "_attention_ops", None)
-    if ops is None:
-        raise ConfigError("this vLLM has no CompilationConfig._attention_ops: deltamem_vllm needs vLLM 0.32")
+    ops: list[str] = _found(CompilationConfig, "_attention_ops")
     if op not in ops:
         ops.append(op)
 
@@ -167,8 +175,7 @@ def skip_layer_transfers() -> None:
     """
     module: Any = importlib.import_module("vllm.model_executor.layers.attention.kv_transfer_utils")
     state: Any = importlib.import_module("vllm.distributed.kv_transfer.kv_transfer_state")
-    if not hasattr(state, "_KV_CONNECTOR_AGENT"):
-        raise ConfigError("this vLLM has no kv_transfer_state._KV_CONNECTOR_AGENT: deltamem_vllm needs vLLM 0.32")
+    _found(state, "_KV_CONNECTOR_AGENT")
 
     def make(original: Any) -> Any:
         def has_kv_transfer_group() -> bool:
