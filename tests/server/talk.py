@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from deltamem_vllm.server.tenants import ServerKeys
+from tests.pages import Page, read
 
 API_KEY = "a-key-for-tests"
 _found = ServerKeys([API_KEY]).of(API_KEY)
@@ -58,6 +59,10 @@ class Talk(httpx.Client):
         body = completion(prompt, n, stream=True, **body)
         with self.stream("POST", "/v1/completions", json=body, headers=memory_headers(session, mode)) as response:
             yield response
+
+    def metrics(self) -> Page:
+        """What ``/metrics`` shows now."""
+        return read(self.get("/metrics").text)
 
     def version(self, session: str) -> int:
         """The session's version by GET; 0 where there is none."""

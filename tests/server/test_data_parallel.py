@@ -9,7 +9,7 @@ import pytest
 
 from deltamem_vllm import metrics
 from deltamem_vllm.demo.server import VllmServer
-from tests.pages import Page, at, read
+from tests.pages import Page, at
 from tests.server.conftest import FLAGS, HERE, MODEL
 from tests.server.streams import Stream, prompt
 from tests.server.talk import Talk, new_session, ok, outcome, refused
@@ -130,7 +130,7 @@ def test_a_session_is_copied_to_sessions_of_other_ranks(ranks: VllmServer) -> No
 def test_each_rank_is_counted_once_whichever_api_process_is_asked(ranks: VllmServer) -> None:
     def page() -> Page:
         with Talk(ranks.base_url) as fresh:
-            return read(fresh.get("/metrics").text)
+            return fresh.metrics()
 
     def committed(now: Page) -> list[float]:
         return [at(now, metrics.COMMITS, engine=rank, outcome="committed") for rank in "01"]

@@ -7,21 +7,17 @@ from collections.abc import Callable
 
 from deltamem_vllm import metrics
 from deltamem_vllm.metrics import TABLE
-from tests.pages import Page, at, read
+from tests.pages import Page, at
 from tests.server.talk import Talk, new_session, ok, outcome
 
 PROMPT, OTHER = list(range(20, 90)), list(range(100, 170))
 OURS = re.compile(r"^(?:# (?:HELP|TYPE) )?deltamem_.*$", re.MULTILINE)
 
 
-def page(talk: Talk) -> Page:
-    return read(talk.get("/metrics").text)
-
-
 def until(talk: Talk, holds: Callable[[Page], bool], seconds: float = 30) -> Page:
     """The first page that ``holds`` is true of."""
     end = time.monotonic() + seconds
-    while not holds(found := page(talk)) and time.monotonic() < end:
+    while not holds(found := talk.metrics()) and time.monotonic() < end:
         time.sleep(0.1)
     return found
 
@@ -36,7 +32,7 @@ def test_every_metric_is_there_and_counts_what_was_done(talk: Talk) -> None:
     ok(talk.complete(OTHER, second, "read", n=4))  # from what the second session's commit left
     ok(talk.complete(PROMPT, second, "off", n=4))
     ok(talk.complete(PROMPT, n=4))
-    after = page(talk)
+    after = talk.metrics()
 
     missing = {m.name for m in TABLE} - {re.sub("_(bucket|sum|count)$", "", name) for name, _ in after}
     assert missing <= {metrics.GATE_MEAN.name}, "gates are those of one commit in 16"
@@ -67,7 +63,7 @@ def test_every_metric_is_there_and_counts_what_was_done(talk: Talk) -> None:
 def test_an_idle_server_tells_of_a_deletion(talk: Talk) -> None:
     session = new_session()
     ok(talk.complete(list(range(7, 60)), session, n=4))  # a state that no other session has
-    before = page(talk)
+    before = talk.metrics()
     ok(talk.delete(f"/v1/sessions/{session}"))
 
     def gone(now: Page) -> bool:
@@ -86,7 +82,7 @@ def test_gates_are_seen_within_16_commits(talk: Talk) -> None:
     session = new_session()
     for turn in range(16):
         ok(talk.complete([*PROMPT, turn], session, n=2))
-    gates = [v for (name, _), v in page(talk).items() if name == metrics.GATE_MEAN.name]
+    gates = [v for (name, _), v in talk.metrics().items() if name == metrics.GATE_MEAN.name]
     assert gates
     assert all(0 < each < 1 for each in gates)
 

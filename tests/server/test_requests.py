@@ -12,7 +12,7 @@ import pytest
 
 from deltamem_vllm.demo.server import VllmServer
 from deltamem_vllm.metrics import REQUESTS_WAITING
-from tests import pages
+from tests.pages import at
 from tests.server.talk import (
     API_KEY,
     Talk,
@@ -53,7 +53,7 @@ def wait_until(happened: Any, seconds: float = 20) -> None:
 
 def queued(talk: Talk) -> float:
     """Requests that wait for the turn of their session, as the server says."""
-    return pages.at(pages.read(talk.get("/metrics").text), REQUESTS_WAITING)
+    return at(talk.metrics(), REQUESTS_WAITING)
 
 
 def is_free(talk: Talk, session: str) -> bool:
