@@ -23,7 +23,7 @@ from deltamem_vllm.plugin import allow_plugins, register, transfer_config
 from deltamem_vllm.server.scope import Mode, check_id
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.sessions.control import BlockingControlClient
-from deltamem_vllm.sessions.grants import EXTRA
+from deltamem_vllm.sessions.grants import EXTRA, fed_tokens
 from deltamem_vllm.sessions.masks import normal
 
 
@@ -121,8 +121,7 @@ class SessionLLM:
         try:
             for turn in turns:
                 admitted.append(self.admit(turn))
-            prompts: list[Any] = [a.prompt for a in admitted]
-            outputs = self.llm.generate(prompts, [a.sampling for a in admitted], use_tqdm=False)
+            outputs = self._generate(admitted)
         except BaseException:
             for ticket in [a.ticket for a in admitted if a.ticket]:
                 with contextlib.suppress(Exception):
@@ -133,8 +132,42 @@ class SessionLLM:
             for output, a in zip(outputs, admitted, strict=True)
         ]
 
+    def _generate(self, admitted: Sequence[Admitted]) -> list[Any]:
+        """``llm.generate``, with `settle` as soon as an answer is complete."""
+        from vllm.sampling_params import RequestOutputKind
+
+        engine: Any = self.llm.llm_engine
+        waiting = {f"turn-{secrets.token_hex(8)}": each for each in admitted}
+        done: dict[str, Any] = {}
+        try:
+            for name, each in waiting.items():
+                each.sampling.output_kind = RequestOutputKind.FINAL_ONLY
+                engine.add_request(name, each.prompt, each.sampling)
+            while len(done) < len(waiting):
+                for output in engine.step():
+                    if output.finished and output.request_id in waiting:
+                        done[output.request_id] = output
+                        self.settle(waiting[output.request_id], output)
+        except BaseException:
+            engine.abort_request([name for name in waiting if name not in done])
+            raise
+        return [done[name] for name in waiting]
+
+    def settle(self, admitted: Admitted, output: Any) -> None:
+        """Say of an admitted turn, once, that vLLM's ``output`` of it is finished; for those who step the engine.
+
+        Only the side of the engine that makes text of tokens knows where a stop string has ended an answer, so turns
+        with such strings (``sampling.stop``) commit after this. Any other turn needs no word.
+        """
+        if admitted.ticket is not None and admitted.sampling.stop:
+            answer = output.outputs[0]
+            fed = fed_tokens(len(admitted.prompt["prompt_token_ids"]), len(answer.token_ids), answer.finish_reason)
+            self._control.ask("verdict", ticket=admitted.ticket, tokens=fed)
+
     def admit(self, turn: Turn) -> Admitted:
         """Have a turn admitted to its session; for those who hand requests to ``llm.llm_engine`` themselves.
+
+        Whoever does says with `settle` how a turn with stop strings has ended.
 
         Raises:
             CapacityError, SessionError: it was refused.
@@ -157,7 +190,7 @@ class SessionLLM:
             mode=turn.mode,
             salt=None,
             tokens=np.asarray(prompt["prompt_token_ids"], np.int32).tobytes(),
-            held=False,
+            held=bool(sampling.stop),
             unwritten=spans,
             meanwhile=self._meanwhile,
         )

@@ -28,7 +28,7 @@ from deltamem_vllm.server.spans import RequestSpans, attributes_of
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.sessions.chain import reply_digests
 from deltamem_vllm.sessions.control import ControlClient
-from deltamem_vllm.sessions.grants import EXTRA, WRITTEN
+from deltamem_vllm.sessions.grants import EXTRA, WRITTEN, fed_tokens
 from deltamem_vllm.sessions.masks import Spans, unwritten_before
 from deltamem_vllm.store.protocol import SessionKey
 
@@ -182,9 +182,10 @@ class Gateway:
                         if history is not None:
                             text = text + choice.text if grows else choice.text
                     if output.finished:
-                        if choice is not None and isinstance(choice.stop_reason, str):
-                            # The engine sees an abort; only here it is known that a stop string ended the answer.
-                            await client.ask("verdict", ticket=ticket, tokens=len(tokens) + sampled - 1)
+                        if params.stop and scope.mode == "readwrite":  # only here they are looked for in the text
+                            ended = None if choice is None else choice.finish_reason
+                            fed = fed_tokens(len(tokens), sampled, ended)
+                            await client.ask("verdict", ticket=ticket, tokens=fed)
                         settled = True
                         scope.outcome = await self._outcome(client, ticket, key.session)
                         if history is not None and scope.outcome["status"] in WRITTEN:

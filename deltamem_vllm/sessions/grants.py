@@ -26,6 +26,14 @@ WRITTEN = ("committed", "pending", "degraded")
 """Outcomes after which the session has what the request wrote."""
 
 
+def fed_tokens(prompt_tokens: int, sampled: int, finish_reason: str | None) -> int | None:
+    """Tokens that a session is to have of an answer as its client got it: all but the last one, which was not fed.
+
+    None, nothing, of an answer that the engine did not complete. ``finish_reason`` is vLLM's.
+    """
+    return None if finish_reason in (None, "abort", "error") else prompt_tokens + sampled - 1
+
+
 @dataclass(frozen=True)
 class History:
     """What a request says about the conversation it was rendered from, where its history may be left out.
@@ -61,7 +69,9 @@ class Grant:
         pins: facts that are pinned when it commits.
         expect: what the store must hold for the commit; None for a session without a record.
         incarnation: the session's; a deleted and re-created session has another one.
-        held_for_verdict: an abort of this request may be a stop string; wait for the API process to say.
+        held_for_verdict: it has stop strings, which only its API process sees: the engine hears of one as an abort, or
+            has by then completed the request by itself, with tokens that the client never got. Either way that process
+            says where the answer ended.
     """
 
     ticket: str

@@ -197,12 +197,13 @@ class SchedulerSide:
             self._service.end(grant.ticket, "unchanged")
             return False
         held = Held(grant, list(request.all_token_ids), list(blocks), time.monotonic() + VERDICT_SECONDS)
-        if request.status in _COMPLETE:
-            # The last sampled token has not been fed. Exact even where the device has already run past it.
-            return self._take(request.request_id, held, request.num_tokens - 1)
-        if grant.held_for_verdict and request.status == RequestStatus.FINISHED_ABORTED and blocks:
+        complete = request.status in _COMPLETE
+        if grant.held_for_verdict and blocks and (complete or request.status == RequestStatus.FINISHED_ABORTED):
             self._held[request.request_id] = held
             return True
+        if complete:
+            # The last sampled token has not been fed. Exact even where the device has already run past it.
+            return self._take(request.request_id, held, request.num_tokens - 1)
         self._service.end(grant.ticket, "aborted")
         return False
 
@@ -222,13 +223,13 @@ class SchedulerSide:
         return True
 
     def _hear_verdicts(self) -> None:
-        """Aborted requests: a stop string ended them (commit at the cut), or the client left (commit nothing)."""
+        """Requests with stop strings: commit where the answer ended, or nothing where the client has none."""
         for request, held in list(self._held.items()):
             given, fed = self._service.verdict(held.grant.ticket)
             if not given and time.monotonic() < held.deadline:
                 continue
             del self._held[request]
-            if fed is None or not self._take(request, held, min(fed, len(held.tokens))):
+            if fed is None or not self._take(request, held, min(fed, len(held.tokens) - 1)):
                 if fed is None:
                     self._service.end(held.grant.ticket, "aborted")
                 self._step.release.append(request)

@@ -50,7 +50,7 @@ from deltamem_vllm.store.writer import CommitWriter
 logger = logging.getLogger("vllm.deltamem")
 
 VERDICT_SECONDS = 10.0
-"""How long the blocks of an aborted request wait to hear whether a stop string ended it."""
+"""How long the blocks of a request with stop strings wait to hear where its answer ended."""
 FINISH_SECONDS = 4.0
 """How long closing may try to save what waits for the store."""
 

@@ -18,6 +18,7 @@ class Ask:
         session: None for no session.
         n: tokens to generate.
         unwritten: spans of tokens that are read and not written.
+        stop: stop strings.
         prompt_logprobs: ask for the prompt's log-probabilities too (vLLM then skips the prefix cache).
     """
 
@@ -27,6 +28,7 @@ class Ask:
     n: int = 32
     prompt_logprobs: bool = False
     unwritten: tuple[tuple[int, int], ...] = ()
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Reply:
         tokens: generated ids.
         logprobs: per generated token.
         prompt: per position of the prompt, the first is None; empty if not asked for.
+        text: what the tokens say; empty without stop strings.
         cached: prompt tokens that came from the prefix cache.
         outcome: what the session made of it; empty without a session.
     """
@@ -45,6 +48,7 @@ class Reply:
     logprobs: list[Top]
     prompt: list[Top | None]
     cached: int
+    text: str
     outcome: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
@@ -124,10 +124,18 @@ class Engine:
         replies: list[Reply] = self._call(CALL_SECONDS, "run_in_step", asks)
         return replies
 
-    def abort(self, ask: Ask, after: int, stop: Sequence[str] = ()) -> Aborted:
+    def abort(self, ask: Ask, after: int) -> Aborted:
         """Begin a request and abort it after so many steps of a ``stepped`` engine."""
-        aborted: Aborted = self._call(CALL_SECONDS, "abort", ask, after, list(stop))
+        aborted: Aborted = self._call(CALL_SECONDS, "abort", ask, after)
         return aborted
+
+    def run_on(self, ask: Ask, kept: int | None) -> Reply:
+        """A request with stop strings that a ``stepped`` engine completes before it hears how it has ended.
+
+        That is after ``kept`` tokens, or (None) without a client.
+        """
+        reply: Reply = self._call(CALL_SECONDS, "run_on", ask, kept)
+        return reply
 
     def one(self, ask: Ask) -> Reply:
         """Run one request alone."""

@@ -45,19 +45,20 @@ class Served:
 
     def run_in_step(self, asks: Sequence[Ask]) -> list[Reply]:
         """See `Engine.run_in_step`."""
-        generate = self.llm.generate
+        engine = self.llm.llm_engine
+        step = engine.step
 
-        def paused(prompts: Any, params: Any, use_tqdm: bool) -> Any:
-            self.llm.sleep(level=0, mode="keep")
-            self.llm.enqueue(prompts, params, use_tqdm=use_tqdm)
+        def first_step() -> Any:
+            engine.step = step
             self.llm.wake_up(["scheduling"])
-            return self.llm.wait_for_completion(use_tqdm=use_tqdm)
+            return step()
 
-        self.llm.generate = paused
+        self.llm.sleep(level=0, mode="keep")
+        engine.step = first_step
         try:
             return self.run(asks)
         finally:
-            self.llm.generate = generate
+            engine.step = step
 
     def run(self, asks: Sequence[Ask]) -> list[Reply]:
         """Run a batch."""
@@ -72,10 +73,15 @@ class Served:
         turns = [Turn(ask.ids, ask.session, ask.mode, p, ask.unwritten) for ask, p in zip(asks, params, strict=True)]
         return [_reply(answer.output, answer.outcome) for answer in self.session_llm.run(turns)]
 
-    def abort(self, ask: Ask, after: int, stop: list[str]) -> Aborted:
+    def abort(self, ask: Ask, after: int) -> Aborted:
         """See `Engine.abort`."""
         assert self.stepped is not None
-        return self.stepped.abort(ask, _params(ask, stop), after)
+        return self.stepped.abort(ask, _params(ask), after)
+
+    def run_on(self, ask: Ask, kept: int | None) -> Reply:
+        """See `Engine.run_on`."""
+        assert self.stepped is not None
+        return _reply(*self.stepped.run_on(ask, _params(ask), kept))
 
     def info(self, session: str) -> Any:
         """`SessionLLM.info`."""
@@ -128,7 +134,7 @@ class Served:
             self.llm.llm_engine.engine_core.shutdown()
 
 
-def _params(ask: Ask, stop: Sequence[str] = ()) -> Any:
+def _params(ask: Ask) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -137,8 +143,8 @@ def _params(ask: Ask, stop: Sequence[str] = ()) -> Any:
         ignore_eos=True,
         logprobs=TOP,
         prompt_logprobs=TOP if ask.prompt_logprobs else None,
-        detokenize=bool(stop),
-        stop=list(stop),
+        detokenize=bool(ask.stop),
+        stop=list(ask.stop),
     )
 
 
@@ -149,6 +155,7 @@ def _reply(output: Any, outcome: dict[str, Any]) -> Reply:
         logprobs=[_top(p) for p in made.logprobs or ()],
         prompt=[None if p is None else _top(p) for p in output.prompt_logprobs or ()],
         cached=output.num_cached_tokens or 0,
+        text=made.text,
         outcome=outcome,
     )
 

@@ -25,6 +25,7 @@ from tests.engine.asking import Ask
 
 T = TypeVar("T")
 PATIENCE = 30.0
+IDLE_STEPS = 20
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """Environment variables of a `SessionLLM` whose engine core is to be in its own process."""
 
@@ -78,12 +79,26 @@ class Stepped:
         assert session.owner == ticket, "the session was not the request's to begin with"
         begun = time.monotonic()
         self.engine.abort_request([request], internal=True)
-        self._ask_soon(self._verdict(ticket))
+        self._ask_soon(self._verdict(ticket, None))
         while session.owner is not None:
             self.engine.step()  # as the engine's busy loop would
             assert time.monotonic() - begun < PATIENCE, "the session of an aborted request is still taken"
         seconds = time.monotonic() - begun
         return Aborted(tokens, seconds, self._outcome(ticket), self._blocks_in_use())
+
+    def run_on(self, ask: Ask, params: Any, kept: int | None) -> tuple[Any, dict[str, Any]]:
+        """A request of which the engine hears how it has ended only once it has completed it; see `Engine.run_on`."""
+        request, ticket = self._begin(ask, params, held=True)
+        output = None
+        while output is None or not output.finished:
+            output = self._step(request) or output
+        for _ in range(IDLE_STEPS):
+            self.engine.step()  # as the engine's busy loop would
+        assert ask.session is not None
+        session = self.service.directory.get(SessionKey(DEFAULT_TENANT, ask.session))
+        assert session.owner == ticket, "its end was not waited for"
+        self._ask_soon(self._verdict(ticket, None if kept is None else len(ask.ids) + kept - 1))
+        return output, self._outcome(ticket)
 
     @staticmethod
     def plant(bug: str) -> None:
@@ -109,8 +124,8 @@ class Stepped:
         outputs = self.engine.step()
         return next((o for o in outputs if request.startswith(o.request_id)), None)
 
-    async def _verdict(self, ticket: str) -> None:
-        self.service.give_verdict(ticket, None)
+    async def _verdict(self, ticket: str, tokens: int | None) -> None:
+        self.service.give_verdict(ticket, tokens)
 
     def _outcome(self, ticket: str) -> dict[str, Any]:
         asked, end = self._ask_soon(self.service.outcome(ticket)), time.monotonic() + PATIENCE

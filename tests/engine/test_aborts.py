@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,6 +20,7 @@ LONG = tuple(range(40, 99))
 """With what comes before it three steps of prefill or more."""
 FIRST = tuple(range(10, 34))
 PROBE = (7, 8, 9)
+NEVER = ("never sampled here",)
 FREE_SECONDS = 0.1
 
 
@@ -38,7 +39,7 @@ def with_memory(engine: Engine, name: str) -> str:
 
 
 def abort_everywhere(
-    engine: Engine, session: str, before: tuple[int, ...], stop: Sequence[str], steps: int = 0
+    engine: Engine, session: str, before: tuple[int, ...], stop: tuple[str, ...], steps: int = 0
 ) -> list[float]:
     """Abort after ``steps`` and so on, at every position of prefill and reply; the seconds until the session was free.
 
@@ -48,7 +49,7 @@ def abort_everywhere(
     seconds: list[float] = []
     seen = [0] * (steps + 1)
     while seen[-1] < TOKENS - 1:
-        found = engine.abort(Ask((*before, len(seen), *LONG), session, n=TOKENS), len(seen) - 1, stop)
+        found = engine.abort(Ask((*before, len(seen), *LONG), session, n=TOKENS, stop=stop), len(seen) - 1)
         assert found.outcome["status"] == "aborted", found
         assert (found.tokens is not None, found.outcome["version"]) == (True, 1), found
         assert found.blocks == 1, "its blocks are still in use (one is vLLM's own)"
@@ -65,9 +66,9 @@ def abort_everywhere(
     return seconds
 
 
-@pytest.mark.parametrize("stop", [[], ["never sampled here"]], ids=["plain", "with a stop string"])
+@pytest.mark.parametrize("stop", [(), NEVER], ids=["plain", "with a stop string"])
 @pytest.mark.parametrize("window", ["new", "extended"])
-def test_an_abort_at_any_position_leaves_nothing(engine: Engine, stop: list[str], window: str) -> None:
+def test_an_abort_at_any_position_leaves_nothing(engine: Engine, stop: tuple[str, ...], window: str) -> None:
     session = with_memory(engine, "aborted")
     before = () if window == "new" else FIRST
     seconds = abort_everywhere(engine, session, before, stop)
@@ -99,6 +100,31 @@ def test_the_suite_catches_an_abort_that_commits(engine: Engine) -> None:
     engine.plant("commit-aborted")
     try:
         with pytest.raises(AssertionError, match="'status': 'committed'"):
-            abort_everywhere(engine, session, (), [], steps=6)
+            abort_everywhere(engine, session, (), (), steps=6)
     finally:
         engine.plant("none")
+
+
+# --- an engine that is done before it hears of the stop string --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [1, 2, 5, 31, TOKENS])
+def test_what_is_sampled_behind_a_stop_string_is_never_written(engine: Engine, kept: int) -> None:
+    """By then the engine has completed the request by itself; the memory is that of an answer of ``kept`` tokens."""
+    ran_on, plain = with_memory(engine, "ran on"), with_memory(engine, "plain")
+    mine = engine.run_on(Ask(LONG, ran_on, n=TOKENS, stop=NEVER), kept)
+    theirs = engine.one(Ask(LONG, plain, n=kept))
+    assert (mine.status, mine.tokens[:kept]) == (theirs.status, theirs.tokens) == ("committed", theirs.tokens)
+    a, b = engine.record(ran_on), engine.record(plain)
+    assert a is not None
+    assert b is not None
+    assert (a.version, a.tokens, a.windows, a.window) == (2, b.tokens, b.windows, b.window)
+    assert abs(a.end - b.end).max() <= ENGINE_STATE
+
+
+def test_a_complete_answer_whose_client_has_left_leaves_nothing(engine: Engine) -> None:
+    session = with_memory(engine, "left at the end")
+    record = engine.record_bytes(session)
+    assert engine.run_on(Ask(LONG, session, n=TOKENS, stop=NEVER), None).status == "aborted"
+    assert engine.record_bytes(session) == record
+    assert engine.one(Ask(LONG, session, n=2)).outcome["version"] == 2

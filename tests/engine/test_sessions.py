@@ -12,6 +12,7 @@ from tests.engine.engine import Engine, Setup
 from tests.engine.measured import note
 from tests.engine.official import Case, case, check_reply, worst
 from tests.engine.runs import fresh, with_first_turn
+from tests.tolerances import ENGINE_STATE
 
 SESSIONS = 12
 NAME = "qwen3_tsw_r8"
@@ -91,3 +92,19 @@ def test_info_tells_what_was_committed(engine: Engine) -> None:
     info = engine.info(session)
     assert info is not None
     assert (info["version"], info["tokens"], info["windows"]) == (1, len(expected.prompt("first_turn")) + 31, 1)
+
+
+def test_a_stop_string_ends_a_turn_and_is_the_end_of_what_is_written(engine: Engine) -> None:
+    """`SessionLLM` says where the answer ended, as servers do: the engine would take it for an abort."""
+    prompt, stopped, plain = case(NAME).prompt("first_turn"), fresh("stopped"), fresh("plain")
+    text = engine.one(Ask(prompt, n=24, stop=("never sampled here",))).text
+    stop = next(text[i : i + 2] for i in range(5, len(text)) if text.index(text[i : i + 2]) == i and text.isprintable())
+    reply, longer = engine.run(Ask(prompt, stopped, stop=(stop,)), Ask(prompt, fresh("longer"), n=64, stop=(stop * 9,)))
+    assert reply.status == longer.status == "committed"
+    assert (len(reply.tokens) < 24, len(longer.tokens)) == (True, 64)
+    engine.one(Ask(prompt, plain, n=len(reply.tokens)))
+    a, b = engine.record(stopped), engine.record(plain)
+    assert a is not None
+    assert b is not None
+    assert (a.tokens, a.window) == (b.tokens, b.window)
+    assert abs(a.end - b.end).max() <= ENGINE_STATE

@@ -29,6 +29,7 @@ from tests.server.conversations import (
     vanish,
 )
 from tests.server.fed_once import Reference, apart, check_once, check_same
+from tests.server.late import LATE_ABORTS
 from tests.tolerances import SAME_MEMORY
 
 pytestmark = pytest.mark.timeout(900)  # the first test of each server starts it
@@ -42,9 +43,10 @@ long = pytest.mark.parametrize("served", CACHING if NIGHTLY else ["cached"], ind
 
 @pytest.fixture(scope="module", params=CACHING)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server with prefix caching, and then one without."""
+    """A server with prefix caching, and then one without, whose engine hears late of aborts."""
     folder: Path = tmp_path_factory.mktemp(f"conversations-{request.param}")
-    with Served(folder, CACHING[request.param]).running() as made:
+    late = [LATE_ABORTS] if request.param == "uncached" else []
+    with Served(folder, CACHING[request.param], path=late).running() as made:
         yield made
         assert made.server.healthy(), made.server.last_lines(40)
         assert (made.cache_hits() > 0) == (request.param == "cached")

@@ -88,8 +88,9 @@ def test_seen_by_those_who_send_new_turns(served: Served, bug: str, habit: Habit
         new_turns(served, f"{bug}.new-turns", habit)
 
 
-def test_an_answer_committed_one_token_short_is_seen(served: Served) -> None:
-    client = Client(served, "cut-early.stop")
+@pytest.mark.parametrize("bug", ["cut-early", "runs-on"])
+def test_an_answer_committed_elsewhere_than_at_its_cut_is_seen(served: Served, bug: str) -> None:
+    client = Client(served, f"{bug}.stop")
     client.say("hello", stop=["."])
     assert client.stops == 1
     with pytest.raises(WrongMemory, match="reference's state"):

@@ -29,14 +29,16 @@ class Engine:
     """What stands for vLLM's engine: claims, samples ``reply`` token by token, commits.
 
     Attributes:
-        stop: the answer ends by this stop string, which only the API process can see.
+        stop: the answer ends by a stop string, which only the API process can see.
+        reason: why the answer ends.
         silent: it never tells how a request ended.
         calls: what it was called with.
     """
 
     service: SessionService
     reply: list[int] = field(default_factory=lambda: [7, 8, 9])
-    stop: str | None = None
+    stop: bool = False
+    reason: str = "stop"
     silent: bool = False
     pause: float = 0.0
     calls: list[tuple[Any, Any, str, dict[str, Any]]] = field(default_factory=list)
@@ -53,7 +55,7 @@ class Engine:
                 if done:
                     self.finish(grant, prompt["prompt_token_ids"])
                 tokens = self.reply[i if params.output_kind == RequestOutputKind.DELTA else 0 : i + 1]
-                choice = SimpleNamespace(token_ids=tokens, stop_reason=self.stop if done else None)
+                choice = SimpleNamespace(token_ids=tokens, finish_reason=self.reason if done else None)
                 yield SimpleNamespace(outputs=[choice], finished=done)
         finally:
             if not done and grant is not None:
@@ -65,8 +67,7 @@ class Engine:
             return
         if not grant.commits:
             self.service.end(grant.ticket, "unchanged")
-        elif self.stop:  # to the scheduler an abort; it waits to hear more
-            assert grant.held_for_verdict
+        elif grant.held_for_verdict:  # the scheduler waits to hear more
             self.hearing = asyncio.create_task(self.hear(grant, prompt))
         else:
             fed = [*prompt, *self.reply[:-1]]
@@ -76,8 +77,10 @@ class Engine:
         while not self.service.verdict(grant.ticket)[0]:
             await asyncio.sleep(0.001)
         _, count = self.service.verdict(grant.ticket)
-        assert count is not None
-        fed = [*prompt, *self.reply, 99, 98][:count]  # the engine had run further
+        if count is None:
+            self.service.end(grant.ticket, "aborted")
+            return
+        fed = [*prompt, *self.reply, *([99, 98] if self.stop else [])][:count]  # the engine had run further
         self.service.commit(grant.ticket, fed, memory(grant.base, fed))
 
 
@@ -251,11 +254,25 @@ def test_a_session_needs_tokens(tmp_path: Path, prompt: Any) -> None:
 @pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
 def test_a_stop_string_commits_at_the_cut(tmp_path: Path, kind: RequestOutputKind) -> None:
     async def scenario(gateway: Gateway, engine: Engine) -> None:
-        engine.stop = "END"
+        engine.stop = True
         scope = await send(gateway, engine, stop=["END"], output_kind=kind)
         assert scope.outcome["status"] == "committed"
         found = await gateway.clients[0].ask("info", tenant=TENANT, session="s")
         assert found["window_tokens"] == 3 + 2, "the last sampled token has not been fed"
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("reason", "commit"), [("stop", "committed"), ("length", "committed"), ("abort", "aborted"), ("error", "aborted")]
+)
+def test_a_request_with_stop_strings_is_told_how_it_ended(tmp_path: Path, reason: str, commit: str) -> None:
+    """Whether one of them ended it or not: the engine waits for it."""
+
+    async def scenario(gateway: Gateway, engine: Engine) -> None:
+        engine.reason = reason
+        scope = await send(gateway, engine, stop=["END"])
+        assert scope.outcome["status"] == commit
 
     play(tmp_path, scenario)
 

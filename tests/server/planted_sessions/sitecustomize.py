@@ -7,15 +7,18 @@ So one server shows for every bug that the comparisons see it, and in its other 
 * ``by-count``: a boundary matches by its count, whatever the tokens before it are.
 * ``commit-aborted``: a request is committed although its client has left.
 * ``cut-early``: an answer that a stop string may end is committed one token short.
+* ``runs-on``: of an answer that a stop string has ended, what the engine completed before it heard of it is committed.
 * ``reads-commit``: a request that may only read commits.
 * ``no-turns``: requests of one session do not wait for each other.
 """
 
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 from tests.engine.after_import import after_import
+from tests.server.late import aborts_come_late
 
 _planning: ContextVar[str] = ContextVar("planning", default="")
 
@@ -75,6 +78,8 @@ def _plant_scheduler(scheduler: Any) -> None:
         planted = grant is not None and _bug(grant.key.session) == "commit-aborted"
         if planted and status == Status.FINISHED_ABORTED and request.num_output_tokens > 0:
             request.status = Status.FINISHED_LENGTH_CAPPED
+        if grant is not None and _bug(grant.key.session) == "runs-on":
+            self._grants[request.request_id] = replace(grant, held_for_verdict=False)
         try:
             return bool(finish(self, request, blocks))
         finally:
@@ -87,6 +92,7 @@ def _plant_scheduler(scheduler: Any) -> None:
     Side.finish, Side._take = planted_finish, planted_take
 
 
+aborts_come_late()
 after_import("deltamem_vllm.sessions.directory", _plant_directory)
 after_import("deltamem_vllm.sessions.service", _plant_service)
 after_import("deltamem_vllm.sessions.scheduler", _plant_scheduler)
