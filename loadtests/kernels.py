@@ -19,7 +19,7 @@ from rich.table import Table
 from deltamem_vllm.ops import reference
 from deltamem_vllm.ops.dispatch import select
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.native import LayerRows, NativeOps, tiled
+from deltamem_vllm.ops.native import LayerConstants, LayerRows, LayerTable, NativeOps, tiled
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
 from deltamem_vllm.ops.pooled import Book
 
@@ -72,9 +72,9 @@ class Case:
         """The native activation of all tokens, without a scan."""
         torch.ops.deltamem_native.activate(self.projected, self.bias, self.reads, self._log, self.shape.packed)
 
-    def step(self, native: NativeOps, layer: LayerRows) -> None:
+    def step(self, native: NativeOps, layer: LayerRows, table: LayerTable) -> None:
         """A layer's whole step: all of ``layer``'s rows, corrected where it has a matrix."""
-        native.scan_first(self.shape, layer, self._book, self._step)
+        native.scan_first(self.shape, layer, table, self._book, self._step)
 
     def naive(self) -> None:
         """The official algorithm: activation in one go, then a loop over tokens in torch."""
@@ -101,16 +101,18 @@ class Layer:
         self.case, self.matrix = case, torch.randn(shape.width, Q) / 100
         self.rows = torch.randn(STEP, QKV + shape.projected_columns)
         self.reads = torch.empty(STEP, shape.width)
-        self._without = LayerRows(self.rows, None, case.bias, None, 0, self.reads)
-        self._with = self._without._replace(matrix=tiled(self.matrix))
+        self._layer = LayerRows(self.rows, None, self.reads)
+        self._without, self._with = (
+            LayerTable.of(shape, [LayerConstants(case.bias, matrix)]) for matrix in (None, tiled(self.matrix))
+        )
 
     def scanned(self, native: NativeOps) -> None:
         """Read and written, not corrected."""
-        self.case.step(native, self._without)
+        self.case.step(native, self._layer, self._without)
 
     def corrected(self, native: NativeOps) -> None:
         """Read, written and corrected."""
-        self.case.step(native, self._with)
+        self.case.step(native, self._layer, self._with)
 
     def product(self) -> None:
         """The correction as torch's matrix product, in place."""

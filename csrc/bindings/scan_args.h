@@ -112,58 +112,69 @@ inline void plan_step(const deltamem::Shape& shape, const deltamem::Pages& pages
   step.args.unwritten = args.unwritten;
 }
 
+// What of a layer is the same in every step. Whoever makes one keeps the tensors that it points into.
+struct LayerConstants {
+  const float* bias;
+  const void* matrix;  // of the correction of rows from column `first` on; null: nothing is corrected
+  int64_t tiles, first;
+  deltamem::Dtype dtype;  // of matrix
+};
+
+inline LayerConstants layer_constants(const deltamem::Shape& shape, const Tensor& bias, const std::optional<Tensor>& matrix,
+                                      int64_t first) {
+  check("bias", bias, ScalarType::Float, {shape.gate_columns()});
+  require(bias.is_contiguous(), "bias must be contiguous");
+  if (!matrix) return {data<float>(bias), nullptr, 0, 0, deltamem::Dtype::f32};
+  const deltamem::Dtype dtype = dtype_of("matrix", *matrix);
+  check("matrix", *matrix, matrix->scalar_type(), {-1, shape.width(), deltamem::kMatrixTile});
+  require(matrix->is_contiguous() && first >= 0, "matrix must be contiguous, and its first column 0 or more, not ", first);
+  return {data<float>(bias), matrix->data_ptr(), matrix->size(0), first, dtype};
+}
+
 // One layer's tensors in a step.
 struct LayerRows {
-  const std::optional<Tensor>& rows;       // what its linear put out: q | k | v, and behind them `projected` where that is none
+  const Tensor& rows;  // what its linear put out: q | k | v, and behind them `projected` where that is none
   const std::optional<Tensor>& projected;  // [T, projected_columns]
-  const Tensor& bias;
-  const std::optional<Tensor>& matrix;  // of the correction of rows from column `first` on; none: nothing is corrected
-  int64_t first;
   const Tensor& reads;
 };
 
-inline int64_t tokens_of(const LayerRows& layer) {
-  require(layer.rows || layer.projected, "a layer needs rows, or what was projected of them");
-  return (layer.projected ? *layer.projected : *layer.rows).size(0);
-}
-
 // Where one layer's activation reads, and where its reads go.
-inline void set_rows(const deltamem::Shape& shape, const LayerRows& layer, int64_t tokens, deltamem::ScanArgs& args) {
+inline void set_rows(const deltamem::Shape& shape, const LayerConstants& own, const LayerRows& layer, int64_t tokens,
+                     deltamem::ScanArgs& args) {
   const int64_t columns = shape.projected_columns();
   const char* name = layer.projected ? "projected" : "rows";
-  const Tensor& from = layer.projected ? *layer.projected : *layer.rows;
+  const Tensor& from = layer.projected ? *layer.projected : layer.rows;
   args.dtype = dtype_of(name, from);
   check_rows(name, from, layer.projected ? columns : -1);
+  require(from.size(0) == tokens, name, ": ", from.size(0), " rows in a step of ", tokens, " tokens");
   require(from.size(1) >= columns, "rows: expected at least the ", columns, " projected columns, got ", from.size(1));
-  check("bias", layer.bias, ScalarType::Float, {shape.gate_columns()});
   check("reads", layer.reads, ScalarType::Float, {-1, shape.width()});
-  require(layer.bias.is_contiguous() && layer.reads.is_contiguous(), "page_scan: bias and reads must be contiguous");
+  require(layer.reads.is_contiguous(), "page_scan: reads must be contiguous");
   require(layer.reads.size(0) >= tokens, "page_scan: reads has ", layer.reads.size(0), " rows for ", tokens, " tokens");
   args.projected = data<char>(from) + (from.size(1) - columns) * bytes_of(args.dtype);
   args.projected_stride = from.stride(0);
-  args.bias = data<float>(layer.bias);
+  args.bias = own.bias;
   args.reads = static_cast<float*>(layer.reads.data_ptr());
   args.num_rows = layer.reads.size(0);
 }
 
 // What of one layer's rows is corrected; no columns: nothing is. args: of `set_rows`.
-inline deltamem::CorrectionArgs correction_args(const deltamem::Shape& shape, const LayerRows& layer, int64_t tokens,
-                                                const deltamem::ScanArgs& args) {
-  if (!layer.matrix) return {};
-  require(layer.rows.has_value(), "a correction needs the rows that it is of");
-  const Tensor &rows = *layer.rows, &matrix = *layer.matrix;
+inline deltamem::CorrectionArgs correction_args(const deltamem::Shape& shape, const LayerConstants& own,
+                                                const LayerRows& layer, int64_t tokens, const deltamem::ScanArgs& args) {
+  if (own.matrix == nullptr) return {};
+  const Tensor& rows = layer.rows;
   deltamem::Dtype dtype = args.dtype;
   if (layer.projected) {  // else they are the activation's, and have been checked
     dtype = dtype_of("rows", rows);
     check_rows("rows", rows, -1);
     require(rows.size(0) == tokens, "rows: expected one for each of ", tokens, " tokens, got ", rows.size(0));
   }
-  check("matrix", matrix, rows.scalar_type(), {-1, shape.width(), deltamem::kMatrixTile});
-  const int64_t room = rows.size(1) - (layer.projected ? 0 : shape.projected_columns()) - layer.first;
-  const int64_t columns = matrix.size(0) * deltamem::kMatrixTile;
-  require(matrix.is_contiguous() && layer.first >= 0 && columns - room < deltamem::kMatrixTile,
-          "matrix: expected whole tiles of at most ", room, " columns from column ", layer.first, " on, got ", columns);
-  return {static_cast<char*>(rows.data_ptr()) + layer.first * bytes_of(dtype), rows.stride(0), dtype, matrix.data_ptr(),
+  require(dtype == own.dtype, "rows: not of the dtype of the layer's matrix");
+  const int64_t room = rows.size(1) - (layer.projected ? 0 : shape.projected_columns()) - own.first;
+  const int64_t columns = own.tiles * deltamem::kMatrixTile;
+  require(columns - room < deltamem::kMatrixTile, "matrix: expected whole tiles of at most ", room, " columns from column ",
+          own.first, " on, got ", columns);
+  return {static_cast<char*>(rows.data_ptr()) + own.first * bytes_of(dtype), rows.stride(0), dtype, own.matrix,
           columns < room ? columns : room, args.reads, shape.width()};
 }
 
@@ -177,9 +188,9 @@ inline void correct(const deltamem::CorrectionArgs& args, int64_t tokens) {
 }
 
 // One layer of a step; nothing has changed if it throws.
-inline void run_layer(Step& step, const LayerRows& layer) {
-  set_rows(step.shape, layer, step.tokens, step.args);
-  const deltamem::CorrectionArgs correction = correction_args(step.shape, layer, step.tokens, step.args);
+inline void run_layer(Step& step, const LayerConstants& own, const LayerRows& layer) {
+  set_rows(step.shape, own, layer, step.tokens, step.args);
+  const deltamem::CorrectionArgs correction = correction_args(step.shape, own, layer, step.tokens, step.args);
   const deltamem::Plan& plan = step.planned.plan;
   float* room = workspace(deltamem::workspace_floats(step.shape, plan, step.tokens));
   deltamem::kernels().page_scan(step.shape, step.args, plan, in_parallel, room);

@@ -17,39 +17,55 @@ namespace {
 
 using namespace deltamem_bindings;
 
+// A table's rows: one layer's constants, as 64-bit words.
+constexpr int64_t kWords = sizeof(LayerConstants) / sizeof(int64_t);
+static_assert(sizeof(LayerConstants) == kWords * sizeof(int64_t));
+
 struct CurrentStep : Step {
   int64_t layers = 0, next = 0;  // next: the layer whose turn it is; 0: no step has begun
   bool idle = false;             // no request, no page: reads are zero
-  std::vector<int64_t> addresses;
+  const int64_t* addresses = nullptr;
+  const LayerConstants* constants = nullptr;
   std::vector<Tensor> held;  // what the step points into, however long the caller keeps it
 
   void done() { next = next + 1 < layers ? next + 1 : 0; }
 };
 thread_local CurrentStep current;
 
-void scan_first(const std::optional<Tensor>& rows, const std::optional<Tensor>& projected, const Tensor& bias,
-                const std::optional<Tensor>& matrix, int64_t first, const Tensor& reads, const Tensor& addresses,
-                int64_t page_stride, int64_t num_blocks, int64_t page_width, const Tensor& block_table,
-                const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& write_limit, const Tensor& unwritten,
-                int64_t block_size, int64_t num_reqs, int64_t packed_shape) {
-  const LayerRows layer = {rows, projected, bias, matrix, first, reads};
+void layer_entry(const Tensor& bias, const std::optional<Tensor>& matrix, int64_t first, const Tensor& entry,
+                 int64_t packed_shape) {
+  check("entry", entry, ScalarType::Long, {kWords});
+  require(entry.is_contiguous(), "entry must be contiguous");
+  const LayerConstants own = layer_constants(make_shape(packed_shape), bias, matrix, first);
+  memcpy(entry.data_ptr(), &own, sizeof own);
+}
+
+int64_t entry_words() { return kWords; }
+
+void scan_first(const Tensor& rows, const std::optional<Tensor>& projected, const Tensor& reads, const Tensor& table,
+                const Tensor& addresses, int64_t page_stride, int64_t num_blocks, int64_t page_width,
+                const Tensor& block_table, const Tensor& query_start_loc, const Tensor& seq_lens,
+                const Tensor& write_limit, const Tensor& unwritten, int64_t block_size, int64_t num_reqs,
+                int64_t packed_shape) {
   CurrentStep& step = current;
   step.next = 0;
   const deltamem::Shape shape = make_shape(packed_shape);
   check("addresses", addresses, ScalarType::Long, {-1});
   require(addresses.is_contiguous() && addresses.size(0) > 0, "addresses must be contiguous, and name a layer");
+  check("table", table, ScalarType::Long, {addresses.size(0), kWords});
+  require(table.is_contiguous(), "table must be contiguous");
   require(block_size >= 1 && page_stride >= page_width &&
               page_width >= shape.state_floats() + block_size * shape.log_columns(),
           "pages of ", page_width, " floats, ", page_stride, " apart, cannot hold ", block_size, " tokens");
-  const int64_t* all = data<int64_t>(addresses);
-  step.addresses.assign(all, all + addresses.size(0));
+  step.addresses = data<int64_t>(addresses);
+  step.constants = reinterpret_cast<const LayerConstants*>(table.data_ptr());
   const deltamem::Pages pages = {reinterpret_cast<float*>(step.addresses[0]), page_stride, block_size, page_width};
   plan_step(shape, pages, num_blocks, {block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs},
-            tokens_of(layer), step);
-  step.held = {block_table, unwritten};
+            rows.size(0), step);
+  step.held = {block_table, unwritten, addresses, table};
   step.layers = addresses.size(0);
   step.idle = false;
-  run_layer(step, layer);
+  run_layer(step, step.constants[0], {rows, projected, reads});
   step.done();
 }
 
@@ -60,8 +76,7 @@ void scan_nothing(int64_t layers) {
   current.done();
 }
 
-void scan_next(const std::optional<Tensor>& rows, const std::optional<Tensor>& projected, const Tensor& bias,
-               const std::optional<Tensor>& matrix, int64_t first, const Tensor& reads, int64_t layer) {
+void scan_next(const Tensor& rows, const std::optional<Tensor>& projected, const Tensor& reads, int64_t layer) {
   CurrentStep& step = current;
   require(layer > 0 && layer == step.next, "scan_next: layer ", layer, ", but it is the turn of layer ", step.next,
           " of ", step.layers, ": a layer was left out, or run twice");
@@ -71,33 +86,32 @@ void scan_next(const std::optional<Tensor>& rows, const std::optional<Tensor>& p
     memset(reads.data_ptr(), 0, reads.size(0) * reads.size(1) * sizeof(float));
     return step.done();
   }
-  const LayerRows own = {rows, projected, bias, matrix, first, reads};
-  require(tokens_of(own) == step.tokens, "scan_next: ", tokens_of(own), " rows in a step of ", step.tokens, " tokens");
   step.args.pages.data = reinterpret_cast<float*>(step.addresses[layer]);
-  run_layer(step, own);
+  run_layer(step, step.constants[layer], {rows, projected, reads});
   step.done();
 }
 
 // Under tracing: rows are corrected in place, reads have their shape already.
-void nothing(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&, const std::optional<Tensor>&, int64_t,
-             const Tensor&, int64_t) {}
+void nothing(const Tensor&, const std::optional<Tensor>&, const Tensor&, int64_t) {}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(deltamem_native, m) {
-  // rows: a layer's q | k | v | projected (or q | k | v, and projected by itself), of which `matrix` corrects columns from
-  // `first` on.
+  m.def("entry_words() -> int");
+  // One layer's row of a table. The row points into bias and matrix: who keeps it keeps them, and lets them be.
+  m.def("layer_entry(Tensor bias, Tensor? matrix, int first, Tensor(a!) entry, int shape) -> ()");
+  // rows: a layer's q | k | v | projected (or q | k | v, and projected by itself), of which the layer's matrix, if it has
+  // one, corrects columns from its first on.
   m.def(
-      "scan_first(Tensor(a!)? rows, Tensor? projected, Tensor bias, Tensor? matrix, int first, Tensor(b!) reads, "
-      "Tensor addresses, int page_stride, int num_blocks, int page_width, Tensor block_table, Tensor query_start_loc, "
-      "Tensor seq_lens, Tensor write_limit, Tensor unwritten, int block_size, int num_reqs, int shape) -> ()");
+      "scan_first(Tensor(a!) rows, Tensor? projected, Tensor(b!) reads, Tensor table, Tensor addresses, int page_stride, "
+      "int num_blocks, int page_width, Tensor block_table, Tensor query_start_loc, Tensor seq_lens, Tensor write_limit, "
+      "Tensor unwritten, int block_size, int num_reqs, int shape) -> ()");
   m.def("scan_nothing(int layers) -> ()");
-  m.def(
-      "scan_next(Tensor(a!)? rows, Tensor? projected, Tensor bias, Tensor? matrix, int first, Tensor(b!) reads, "
-      "int layer) -> ()");
+  m.def("scan_next(Tensor(a!) rows, Tensor? projected, Tensor(b!) reads, int layer) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CPU, m) {
+  m.impl("layer_entry", TORCH_BOX(&layer_entry));
   m.impl("scan_first", TORCH_BOX(&scan_first));
   m.impl("scan_next", TORCH_BOX(&scan_next));
 }
@@ -106,4 +120,5 @@ STABLE_TORCH_LIBRARY_IMPL(deltamem_native, Meta, m) { m.impl("scan_next", TORCH_
 
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CompositeExplicitAutograd, m) {
   m.impl("scan_nothing", TORCH_BOX(&scan_nothing));
+  m.impl("entry_words", TORCH_BOX(&entry_words));
 }

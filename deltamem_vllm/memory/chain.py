@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deltamem_vllm.errors import ConfigError
-from deltamem_vllm.ops.native import LayerRows, NativeOps
+from deltamem_vllm.ops.native import LayerRows, LayerTable, NativeOps
 from deltamem_vllm.ops.paged import Batch
 from deltamem_vllm.ops.pooled import Book
 
@@ -28,7 +28,7 @@ class Chain:
     def __init__(self, kernels: NativeOps) -> None:
         self._kernels = kernels
         self._layers: list[StatePages] = []
-        self._book: Book | None = None
+        self._told: tuple[LayerTable, Book] | None = None
 
     def join(self, layer: StatePages) -> int:
         """Add a layer behind the others; returns its place, from 0."""
@@ -48,8 +48,8 @@ class Chain:
             )
 
     def rebind(self) -> None:
-        """A layer's pages lie elsewhere now."""
-        self._book = None
+        """A layer's pages lie elsewhere now, or its constants do."""
+        self._told = None
 
     def begin(self, layer: LayerRows, batches: dict[str, Batch] | None) -> None:
         """Run the first layer of a step.
@@ -62,6 +62,11 @@ class Chain:
             layer.reads.zero_()
             return
         first = self._layers[0]
-        if self._book is None:
-            self._book = Book.of([each.pages for each in self._layers if each.pages is not None], first.tokens)
-        self._kernels.scan_first(first.shape, layer, self._book, batches[first.prefix])
+        if self._told is None:
+            self._told = self._tell(first)
+        self._kernels.scan_first(first.shape, layer, *self._told, batches[first.prefix])
+
+    def _tell(self, first: StatePages) -> tuple[LayerTable, Book]:
+        known = [each.constants for each in self._layers if each.constants is not None]
+        bound = [each.pages for each in self._layers if each.pages is not None]
+        return LayerTable.of(first.shape, known), Book.of(bound, first.tokens)

@@ -19,7 +19,7 @@ from deltamem_vllm.adapter.weights import LayerWeights
 from deltamem_vllm.memory.correct import correct
 from deltamem_vllm.memory.pages import StatePages
 from deltamem_vllm.memory.scan import scan, scan_rows
-from deltamem_vllm.ops.native import LayerRows, tiled
+from deltamem_vllm.ops.native import LayerConstants, LayerRows, tiled
 
 
 class MemoryLayer(nn.Module):
@@ -33,7 +33,7 @@ class MemoryLayer(nn.Module):
 
     Attributes:
         projection: [C, D], or None where qkv_proj computes it.
-        in_rows, first: the corrections of q, k and v as `LayerRows` has them, once `correct_in_rows` was called.
+        in_rows: the corrections of q, k and v as `LayerConstants.matrix` has them, once `correct_in_rows` was called.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class MemoryLayer(nn.Module):
         self.width, self.dtype = pages.shape.width, dtype
         self.o_norm_eps = weights.o_norm_eps
         self._reads: torch.Tensor | None = None
-        self.first = 0
         self.in_rows: torch.Tensor | None
         self.projection: torch.Tensor | None
         self.bias: torch.Tensor
@@ -59,6 +58,7 @@ class MemoryLayer(nn.Module):
             put(f"matrix_{head}", scaled.to(dtype).contiguous(), persistent=False)
         normed = weights.o_norm_weight
         put("o_norm_weight", None if normed is None else normed.to(device, torch.float32), persistent=False)
+        pages.know(LayerConstants(self.bias))
 
     def matrix(self, head: str) -> torch.Tensor | None:
         """[R, width of the projection], scaled; None where that one is not corrected."""
@@ -75,32 +75,30 @@ class MemoryLayer(nn.Module):
         found = {head: matrix for head in widths if (matrix := self.matrix(head)) is not None}
         if not found:
             return
-        self.first = min(starts[head] for head in found)
+        first = min(starts[head] for head in found)
         stop = max(starts[head] + widths[head] for head in found)
-        whole = torch.zeros((self.width, stop - self.first), dtype=self.dtype, device=self.bias.device)
+        whole = torch.zeros((self.width, stop - first), dtype=self.dtype, device=self.bias.device)
         for head, matrix in found.items():
-            whole[:, starts[head] - self.first :][:, : widths[head]] = matrix
+            whole[:, starts[head] - first :][:, : widths[head]] = matrix
             delattr(self, f"matrix_{head}")
         self.in_rows = tiled(whole)
+        self.pages.know(LayerConstants(self.bias, self.in_rows, first))
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, C] of the input [..., D] of the layer's q, k and v, where qkv_proj does not compute it."""
         assert self.projection is not None
         return F.linear(hidden.reshape(-1, hidden.shape[-1]), self.projection)
 
-    def read(self, rows: torch.Tensor | None, projected: torch.Tensor | None) -> None:
+    def read(self, rows: torch.Tensor, projected: torch.Tensor | None = None) -> None:
         """Run the memory over this step's tokens, and keep what it reads for the corrections.
 
         Args:
-            rows: [T, q | k | v | projected] or, where ``projected`` is given, [T, q | k | v]: what qkv_proj put out,
-                corrected in place if `correct_in_rows` was called. None where there is no qkv_proj.
-            projected: [T, C].
+            rows, projected: as `LayerRows` has them; corrected if `correct_in_rows` was called.
         """
         source = rows if projected is None else projected
-        assert source is not None
         reads = torch.empty((source.shape[0], self.width), dtype=torch.float32, device=source.device)
         if self.pages.chain is not None:
-            scan_rows(self.pages, LayerRows(rows, projected, self.bias, self.in_rows, self.first, reads))
+            scan_rows(self.pages, LayerRows(rows, projected, reads))
         else:
             scan(self.pages, source[:, -self.pages.shape.projected_columns :], self.bias, reads)
         self._reads = reads
@@ -108,7 +106,7 @@ class MemoryLayer(nn.Module):
     def read_once(self, hidden: torch.Tensor) -> None:
         """Project the input [..., D] of q, k and v, which are made apart, and read, unless one of them has done so."""
         if self._reads is None:
-            self.read(None, self.project(hidden))
+            self.read(self.project(hidden))
 
     @property
     def reads(self) -> torch.Tensor:

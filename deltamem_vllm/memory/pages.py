@@ -24,6 +24,7 @@ from deltamem_vllm import compat
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.memory.chain import Chain
 from deltamem_vllm.ops.layout import SMALLEST_KERNEL_BLOCK, MemoryShape
+from deltamem_vllm.ops.native import LayerConstants
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
 
 SUFFIX = "deltamem"
@@ -120,10 +121,12 @@ class StatePages(nn.Module, AttentionLayerBase):
         tokens: tokens per page (N).
         blocks_per_manager_block: kernel blocks that one block of vLLM's block manager is split into.
         place: among the chain's layers; 0 without one.
+        constants: of the layer, for the chain; None until the layer's `MemoryLayer` has told them.
         attention: the module whose memory this is (`deltamem_vllm.memory.watching.Attention`).
     """
 
     attention: Any = None
+    constants: LayerConstants | None = None
 
     def __init__(
         self,
@@ -190,6 +193,12 @@ class StatePages(nn.Module, AttentionLayerBase):
         self.blocks_per_manager_block = self._manager_block // tokens
         self.pages = view.as_strided((blocks, tokens * floats), (view.stride(0), 1), view.storage_offset())
         self.masks.resize(blocks, tokens, view.device)
+
+    def know(self, constants: LayerConstants) -> None:
+        """Take the layer's constants, for the chain."""
+        self.constants = constants
+        if self.chain is not None:
+            self.chain.rebind()
 
     def base_of(self, kernel_block: int) -> torch.Tensor:
         """[H, r, r] view: the state before the first token of a kernel block."""

@@ -5,7 +5,9 @@ layer's pages in vLLM's forward context, so the compiled graph holds nothing tha
 
 Where layers form a chain (`deltamem_vllm.memory.chain`) the first one's operator is ``deltamem::scan_rows``, and the
 others' is ``deltamem_native::scan_next``, which goes on from there. Both correct q, k and v too, in place, in the rows
-that qkv_proj put out.
+that qkv_proj put out. What of a layer is the same in every step, its bias and that correction's matrix, they are told
+of once and not in each call: between two layers a model's weights go through the caches, and whatever a call touches is
+fetched from memory again.
 """
 
 from typing import Any
@@ -35,18 +37,10 @@ def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, laye
     pages.kernels.page_scan(pages.shape, projected, bias, pages.pages, context.attn_metadata[layer], reads)
 
 
-def _scan_rows(
-    rows: torch.Tensor | None,
-    projected: torch.Tensor | None,
-    bias: torch.Tensor,
-    matrix: torch.Tensor | None,
-    first: int,
-    reads: torch.Tensor,
-    layer: str,
-) -> None:
+def _scan_rows(rows: torch.Tensor, projected: torch.Tensor | None, reads: torch.Tensor, layer: str) -> None:
     context: Any = get_forward_context()
     pages: Any = context.no_compile_layers[layer]
-    pages.chain.begin(LayerRows(rows, projected, bias, matrix, first, reads), context.attn_metadata)
+    pages.chain.begin(LayerRows(rows, projected, reads), context.attn_metadata)
 
 
 def scan(pages: Any, projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor) -> None:
@@ -76,10 +70,7 @@ def _nothing(*_: Any) -> None:
 
 _library = torch.library.Library("deltamem", "FRAGMENT")
 _library.define("scan(Tensor projected, Tensor bias, Tensor(a!) reads, str layer) -> ()")
-_library.define(
-    "scan_rows(Tensor(a!)? rows, Tensor? projected, Tensor bias, Tensor? matrix, int first, Tensor(b!) reads, "
-    "str layer) -> ()"
-)
+_library.define("scan_rows(Tensor(a!) rows, Tensor? projected, Tensor(b!) reads, str layer) -> ()")
 for _device in ("CPU", "CUDA"):
     _library.impl("scan", _scan, _device)
 _library.impl("scan_rows", _scan_rows, "CPU")

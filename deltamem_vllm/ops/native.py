@@ -4,6 +4,8 @@ Python.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,25 +35,59 @@ def find_library(name: str = LIBRARY) -> Path | None:
     return None
 
 
+class LayerConstants(NamedTuple):
+    """What of one layer is the same in every step; R: reads per token.
+
+    Attributes:
+        bias: as in `PagedOps.page_scan`.
+        matrix: the correction of rows from column ``first`` on, as `tiled` makes it, in their dtype. Sums are fp32,
+            rounded once. A row whose reads are all zero is left as it is. None: nothing is corrected.
+        first: column of `LayerRows.rows`.
+    """
+
+    bias: Tensor
+    matrix: Tensor | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """The constants of a chain's layers, as kernels are told of them.
+
+    Attributes:
+        layers: whose tensors are neither replaced nor resized.
+        entries: [L, words] int64, with their addresses.
+    """
+
+    layers: tuple[LayerConstants, ...]
+    entries: Tensor
+
+    @staticmethod
+    def of(shape: MemoryShape, layers: Sequence[LayerConstants]) -> LayerTable:
+        """The table of some layers.
+
+        Raises:
+            RuntimeError: a tensor does not fit.
+        """
+        native = torch.ops.deltamem_native
+        entries = torch.zeros((len(layers), native.entry_words()), dtype=torch.int64)
+        for layer, entry in zip(layers, entries, strict=True):
+            native.layer_entry(*layer, entry, shape.packed)
+        return LayerTable(tuple(layers), entries)
+
+
 class LayerRows(NamedTuple):
     """One layer's tensors in a step of T tokens; C: projected columns, R: reads per token.
 
     Attributes:
-        rows: [T, q | k | v | projected] or, where ``projected`` is given, [T, q | k | v]: what the layer's linear put
-            out, corrected in place. None: nothing is corrected here.
+        rows: [T, q | k | v | projected], or [T, q | k | v] where ``projected`` is given: what the layer's linear put
+            out, corrected in place where the layer has a matrix. [T, C] where the projection is all there is.
         projected: [T, C], or None: the last columns of ``rows``.
-        bias: as in `PagedOps.page_scan`.
-        matrix: the correction of rows from column ``first`` on, as `tiled` makes it, in their dtype. Sums are fp32,
-            rounded once. A row whose reads are all zero is left as it is.
-        first: column of ``rows``.
         reads: [T, R] fp32, out.
     """
 
-    rows: Tensor | None
+    rows: Tensor
     projected: Tensor | None
-    bias: Tensor
-    matrix: Tensor | None
-    first: int
     reads: Tensor
 
 
@@ -98,11 +134,14 @@ class NativeOps:
         """See `PagedOps.page_scan`."""
         self._scan(projected, bias, pages, *batch[:5], reads, *batch[5:7], shape.packed)
 
-    def scan_first(self, shape: MemoryShape, layer: LayerRows, book: Book, batch: Batch) -> None:
+    def scan_first(self, shape: MemoryShape, layer: LayerRows, table: LayerTable, book: Book, batch: Batch) -> None:
         """`page_scan` of the first of a book's layers, which begins a step: each of the others is then one call of
         `scan_next`, in their order and in this thread, with rows of its own and all else as here.
+
+        Args:
+            table: of the same layers as the book; both live until the step's last layer has run.
         """
-        self._first(*layer, *book.parts, book.width, *batch[:7], shape.packed)
+        self._first(*layer, table.entries, *book.parts, book.width, *batch[:7], shape.packed)
 
     @staticmethod
     def scan_nothing(layers: int) -> None:

@@ -12,7 +12,7 @@ from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.memory.chain import Chain
 from deltamem_vllm.memory.pages import PageMetadataBuilder, StatePages, WriteMasks
 from deltamem_vllm.ops.dispatch import select
-from deltamem_vllm.ops.native import LayerRows, NativeOps
+from deltamem_vllm.ops.native import LayerConstants, LayerRows, NativeOps
 from deltamem_vllm.ops.paged import Batch
 from tests.ops.paging import int32, make_shape, random_inputs, truth
 from tests.tolerances import KERNEL_READS
@@ -33,6 +33,8 @@ class Worker:
         self.layers = [
             StatePages(f"{i}.deltamem", i, SHAPE, kernels, self.masks, config, self.chain) for i in range(LAYERS)
         ]
+        for layer in self.layers:
+            layer.know(LayerConstants(random_inputs(SHAPE, 5)[1]))
         self.bind()
 
     def bind(self) -> None:
@@ -43,9 +45,9 @@ class Worker:
         return Batch(int32([[3]]), int32([0, 5]), int32([5]), self.masks.limits, self.masks.unwritten, N, 1)
 
     def step(self, batches: dict[str, Batch] | None) -> list[torch.Tensor]:
-        projected, bias, _ = random_inputs(SHAPE, 5)
+        projected = random_inputs(SHAPE, 5)[0]
         reads = [torch.full((5, SHAPE.width), float("nan")) for _ in self.layers]
-        first, second = (LayerRows(None, projected, bias, None, 0, out) for out in reads)
+        first, second = (LayerRows(projected, None, out) for out in reads)
         self.chain.begin(first, batches)
         NativeOps.scan_next(second, self.layers[1].place)
         return reads

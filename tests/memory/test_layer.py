@@ -15,7 +15,7 @@ from vllm.model_executor.models.qwen3 import Qwen3Attention
 from deltamem_vllm.adapter.weights import LayerWeights
 from deltamem_vllm.memory.hooks import ONLY_SPLIT
 from deltamem_vllm.memory.layer import MemoryLayer
-from deltamem_vllm.ops.native import TILE
+from deltamem_vllm.ops.native import TILE, LayerConstants
 from tests.ops.paging import make_shape
 
 
@@ -40,7 +40,8 @@ def test_corrections_are_put_beside_each_other(heads: str) -> None:
         projection=torch.zeros(shape.projected_columns, 4), bias=torch.zeros(shape.bias_columns), delta=delta,
         scale={"k": 3.0}, o_norm_weight=None, o_norm_eps=1e-6,
     )  # fmt: skip
-    pages: Any = SimpleNamespace(shape=shape, chain=object())
+    known: list[LayerConstants] = []
+    pages: Any = SimpleNamespace(shape=shape, chain=object(), know=known.append)
     memory = MemoryLayer(weights, pages, 0.5, torch.float32, torch.device("cpu"))
     expected = torch.zeros(8, 80)
     starts = {"q": 0, "k": 48, "v": 64}
@@ -52,7 +53,9 @@ def test_corrections_are_put_beside_each_other(heads: str) -> None:
     first = starts[heads[0]]
     flat = memory.in_rows.transpose(0, 1).reshape(8, -1)
     stop = starts[heads[-1]] + widths[heads[-1]]
-    assert memory.first == first
+    assert known[-1].first == first
+    assert known[-1].matrix is memory.in_rows
+    assert known[-1].bias is memory.bias
     assert torch.equal(flat[:, : stop - first], expected[:, first:stop])
     assert (flat[:, stop - first :] == 0).all()
     assert flat.shape[1] - (stop - first) < TILE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.native import LayerRows, NativeOps
+from deltamem_vllm.ops.native import LayerConstants, LayerRows, LayerTable, NativeOps
 from deltamem_vllm.ops.paged import Batch, PagedOps
 from deltamem_vllm.ops.pooled import Book
 from tests.ops.paging import FEW_SHAPES, World, int32, make_shape, name_of, random_inputs
@@ -47,6 +47,7 @@ class Stack:
             world.seed(5, state)
             world.seed(9, state * 2)
         self.book = Book.of([world.pages for world in self.worlds], N)
+        self.table = LayerTable.of(self.shape, [LayerConstants(bias) for _, bias, _ in self.inputs])
 
     def step(self, length: int, rows: int) -> Batch:
         """Request 0 brings ``length - 1`` new tokens, request 1 one more behind its ``rows`` before."""
@@ -57,9 +58,14 @@ class Stack:
         )  # fmt: skip
 
     def rows(self, layer: int, length: int) -> LayerRows:
-        projected, bias, _ = self.inputs[layer]
         reads = torch.full((length, self.shape.width), float("nan"))
-        return LayerRows(None, projected[:length], bias, None, 0, reads)
+        return LayerRows(self.inputs[layer][0][:length], None, reads)
+
+    def begin(self, native: NativeOps, length: int, batch: Batch) -> LayerRows:
+        """Run the first layer."""
+        own = self.rows(0, length)
+        native.scan_first(self.shape, own, self.table, self.book, batch)
+        return own
 
 
 @pytest.mark.parametrize("shape", FEW_SHAPES, ids=name_of)
@@ -72,10 +78,10 @@ def test_the_bits_are_those_of_layers_by_themselves(native: NativeOps, shape: Me
             for layer in range(LAYERS):
                 own = stack.rows(layer, length)
                 if not chained:
-                    assert own.projected is not None
-                    native.page_scan(shape, own.projected, own.bias, stack.worlds[layer].pages, batch, own.reads)
+                    bias = stack.inputs[layer][1]
+                    native.page_scan(shape, own.rows, bias, stack.worlds[layer].pages, batch, own.reads)
                 elif layer == 0:
-                    native.scan_first(shape, own, stack.book, batch)
+                    own = stack.begin(native, length, batch)
                 else:
                     native.scan_next(own, layer)
                 reads.append(own.reads)
@@ -104,7 +110,7 @@ def test_a_layer_out_of_its_turn_is_refused(native: NativeOps) -> None:
         if layer:
             native.scan_next(stack.rows(layer, 4), layer)
         else:
-            native.scan_first(stack.shape, stack.rows(0, 4), stack.book, stack.step(4, 0))
+            stack.begin(native, 4, stack.step(4, 0))
 
     for order, turn in (([0, 2], 1), ([0, 1, 1], 2), ([0, 1, 2, 1], 0), ([0, 1, 2, 3], 0)):
         *good, bad = order
@@ -143,21 +149,28 @@ def test_a_step_is_its_threads_own(native: NativeOps) -> None:
 def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
     stack = Stack(make_shape(8))
     shape, batch = stack.shape, stack.step(4, 0)
+    with pytest.raises(RuntimeError, match="bias: expected shape"):
+        LayerTable.of(shape, [LayerConstants(torch.zeros(1))])
     garbage = batch._replace(block_table=int32([[5, 2], [99, 7]]))
     with pytest.raises(RuntimeError, match="request 1 uses block 99"):
-        native.scan_first(shape, stack.rows(0, 4), stack.book, garbage)
+        stack.begin(native, 4, garbage)
     with pytest.raises(RuntimeError, match=f"{TURN} 0"):
         native.scan_next(stack.rows(1, 4), 1)
     with pytest.raises(RuntimeError, match="cannot hold 64 tokens"):
-        native.scan_first(shape, stack.rows(0, 4), stack.book, batch._replace(block_size=4 * N))
-    native.scan_first(shape, stack.rows(0, 4), stack.book, batch)
+        stack.begin(native, 4, batch._replace(block_size=4 * N))
+    two = LayerTable.of(shape, stack.table.layers[:2])
+    with pytest.raises(RuntimeError, match="table: expected shape"):
+        native.scan_first(shape, stack.rows(0, 4), two, stack.book, batch)
+    with pytest.raises(RuntimeError, match=f"{TURN} 0"):
+        native.scan_next(stack.rows(1, 4), 1)
+    stack.begin(native, 4, batch)
     with pytest.raises(RuntimeError, match="3 rows in a step of 4 tokens"):
         native.scan_next(stack.rows(1, 3), 1)
     own = stack.rows(1, 4)
     for wrong, named in (
         (own._replace(reads=own.reads[:3]), "reads"),
-        (own._replace(bias=own.bias[:1]), "bias"),
-        (own._replace(projected=None), "rows, or what was projected"),
+        (own._replace(rows=own.rows[:, 1:]), "projected columns"),
+        (own._replace(projected=own.rows[:, 1:]), "projected"),
     ):
         with pytest.raises(RuntimeError, match=named):
             native.scan_next(wrong, 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltamem_vllm.ops.native import TILE, LayerRows, NativeOps, tiled
+from deltamem_vllm.ops.native import TILE, LayerConstants, LayerRows, LayerTable, NativeOps, tiled
 from deltamem_vllm.ops.paged import Batch, PagedOps
 from deltamem_vllm.ops.pooled import Book
 from tests.ops.paging import World, int32, make_shape, random_inputs, truth
@@ -31,6 +31,7 @@ class Case(NamedTuple):
     """A step of one layer. ``around``: all of the memory that ``layer.rows`` is a part of."""
 
     layer: LayerRows
+    constants: LayerConstants
     around: Tensor
     world: World
     matrix: Tensor
@@ -41,14 +42,15 @@ class Case(NamedTuple):
         if limit is not None:
             self.world.write_limit[BLOCKS[0]] = limit
         own = self.layer._replace(
-            rows=None if self.layer.rows is None else self.layer.rows[:tokens],
+            rows=self.layer.rows[:tokens],
             projected=None if self.layer.projected is None else self.layer.projected[:tokens],
             reads=self.layer.reads[:tokens],
         )
         batch = Batch(
             int32([BLOCKS]), int32([0, tokens]), int32([tokens]), self.world.write_limit, self.world.unwritten, N, 1
         )
-        native.scan_first(self.world.shape, own, Book.of([self.world.pages], N), batch)
+        table = LayerTable.of(self.world.shape, [self.constants])
+        native.scan_first(self.world.shape, own, table, Book.of([self.world.pages], N), batch)
         return own
 
 
@@ -76,23 +78,22 @@ def make(
     reads = torch.full((TOKENS, shape.width), float("nan"))
     world = World(shape, block_size=N)
     world.seed(BLOCKS[0], state)
-    layer = LayerRows(rows, None if appended else own, bias, tiled(matrix), first, reads)
-    return Case(layer, around, world, matrix, state)
+    layer = LayerRows(rows, None if appended else own, reads)
+    return Case(layer, LayerConstants(bias, tiled(matrix), first), around, world, matrix, state)
 
 
 def check(case: Case, native: NativeOps, tokens: int = TOKENS, run: Callable[[], LayerRows] | None = None) -> None:
     """Reads are the reference's, rows those that they lead to, rounded once; all else is as it was."""
-    layer, dtype = case.layer, case.matrix.dtype
-    assert layer.rows is not None
+    (layer, first), dtype = (case.layer, case.constants.first), case.matrix.dtype
     before, place = case.around.clone(), (layer.rows.storage_offset(), layer.rows.stride())
     rows = before.as_strided(layer.rows.shape, place[1], place[0])
     projected = layer.projected if layer.projected is not None else rows[:, -case.world.shape.projected_columns :]
-    expected = truth(case.world.shape, projected[:tokens].float(), layer.bias, case.state)[0]
+    expected = truth(case.world.shape, projected[:tokens].float(), case.constants.bias, case.state)[0]
     own = case.run(native, tokens) if run is None else run()
     torch.testing.assert_close(own.reads.double(), expected, rtol=0, atol=KERNEL_READS)
-    corrected = rows[:tokens, layer.first : layer.first + case.matrix.shape[1]]
+    corrected = rows[:tokens, first : first + case.matrix.shape[1]]
     exact = corrected.double() + own.reads.double() @ case.matrix.double()
-    got = layer.rows[:tokens, layer.first : layer.first + case.matrix.shape[1]]
+    got = layer.rows[:tokens, first : first + case.matrix.shape[1]]
     if dtype == torch.float32:
         torch.testing.assert_close(got.double(), exact, rtol=0, atol=5e-6)
     else:
@@ -127,8 +128,6 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(native: NativeOps, toke
     some, all_of_them = make(), make()
     check(some, native, tokens)
     all_of_them.run(native)
-    assert some.layer.rows is not None
-    assert all_of_them.layer.rows is not None
     assert torch.equal(some.layer.rows[:tokens], all_of_them.layer.rows[:tokens])
 
 
@@ -149,9 +148,9 @@ def test_rows_of_who_reads_nothing_stay(native: NativeOps) -> None:
     """A request without memory, whose rows may hold anything: zero times infinity is not zero."""
     case = make()
     case.matrix.fill_(float("inf"))
-    layer = case.layer._replace(matrix=tiled(case.matrix))
+    case = case._replace(constants=case.constants._replace(matrix=tiled(case.matrix)))
     before = case.around.clone()
-    own = Case(layer, *case[1:]).run(native, limit=-1)
+    own = case.run(native, limit=-1)
     assert (own.reads == 0).all()
     assert torch.equal(case.around, before)
 
@@ -169,10 +168,9 @@ def test_every_half_is_widened_and_narrowed_as_torch_does(native: NativeOps) -> 
         matrix = torch.zeros((8, 65536), dtype=dtype)
         matrix[0] = values.flip(0)
         matrix[0][~matrix[0].isfinite()] = 3.1415
-        layer = LayerRows(
-            rows, None, torch.zeros(shape.bias_columns), tiled(matrix), 0, torch.full((1, 8), float("nan"))
-        )
-        Case(layer, rows, world, matrix, state).run(native, 1)
+        layer = LayerRows(rows, None, torch.full((1, 8), float("nan")))
+        constants = LayerConstants(torch.zeros(shape.bias_columns), tiled(matrix))
+        Case(layer, constants, rows, world, matrix, state).run(native, 1)
         assert layer.reads[0].tolist() == [1.0] + [0.0] * 7
         expected = (values.float() + matrix[0].float()).to(dtype)
         same = (rows[0, :65536] == expected) | (rows[0, :65536].isnan() & expected.isnan())
@@ -181,22 +179,26 @@ def test_every_half_is_widened_and_narrowed_as_torch_does(native: NativeOps) -> 
 
 def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
     case = make()
-    layer, before = case.layer, case.around.clone()
-    assert layer.rows is not None
-    assert layer.matrix is not None
+    layer, known, before = case.layer, case.constants, case.around.clone()
+    assert known.matrix is not None
+    for constants, named in (
+        (known._replace(matrix=known.matrix.double()), "matrix"),
+        (known._replace(matrix=known.matrix[:, :4]), "matrix"),
+        (known._replace(matrix=known.matrix.half()), "not of the dtype of the layer's matrix"),
+        (known._replace(matrix=tiled(torch.zeros(8, 4 * TILE))), "at most 96 columns from column 0 on, got 128"),
+        (known._replace(first=2 * TILE), "at most 32 columns from column 64 on, got 64"),
+        (known._replace(first=-1), "first column 0 or more, not -1"),
+    ):
+        with pytest.raises(RuntimeError, match=named):
+            case._replace(constants=constants).run(native)
     for wrong, named in (
-        (layer._replace(matrix=layer.matrix.double()), "matrix"),
-        (layer._replace(matrix=layer.matrix[:, :4]), "matrix"),
-        (layer._replace(matrix=tiled(torch.zeros(8, 4 * TILE))), "at most 96 columns from column 0 on, got 128"),
-        (layer._replace(first=2 * TILE), "at most 32 columns from column 64 on, got 64"),
-        (layer._replace(first=-1), "from column -1 on"),
         (layer._replace(rows=layer.rows[:, :7]), "projected columns"),
-        (layer._replace(rows=None, projected=layer.rows[:, -case.world.shape.projected_columns :]), "the rows that"),
-        (layer._replace(rows=layer.rows.t()), "contiguous"),
+        (layer._replace(rows=layer.rows[:, -case.world.shape.projected_columns :]), "at most 0 columns"),
+        (layer._replace(rows=layer.rows.t()), "rows"),
         (layer._replace(rows=layer.rows.to(torch.int32)), "float32, bfloat16 or float16"),
     ):
         with pytest.raises(RuntimeError, match=named):
-            Case(wrong, *case[1:]).run(native)
+            case._replace(layer=wrong).run(native)
     assert torch.equal(case.around, before)
     assert (case.world.pages[BLOCKS[1]] == 7.0).all()
     case.run(native)
