@@ -18,6 +18,7 @@ class Goal:
         find: the figure in a run's results; None where it was not measured.
         at_least: larger is better.
         noise: what the same figure is of an arm against itself.
+        error: the figure's standard error.
     """
 
     what: str
@@ -26,6 +27,7 @@ class Goal:
     find: Callable[[Results], float | None]
     at_least: bool = False
     noise: Callable[[Results], float | None] | None = None
+    error: Callable[[Results], float | None] | None = None
 
     def verdict(self, figure: float, noise: float | None = None) -> str:
         """``pass``, ``FAIL``, or that nothing can be said: the noise is more than what is accepted."""
@@ -51,9 +53,8 @@ def _scan(rank: int) -> Callable[[Results], float | None]:
 
 
 def _added(what: str, accept: float, row: str) -> Goal:
-    return Goal(
-        what, "%", accept, value("overhead", "memory %", what=row), noise=value("overhead", "vanilla again %", what=row)
-    )
+    memory, again, error = (value("overhead", name, what=row) for name in ("memory %", "vanilla again %", "memory % ±"))
+    return Goal(what, "%", accept, memory, noise=again, error=error)
 
 
 def _lora(what: str, accept: float, row: str) -> Goal:
@@ -101,6 +102,7 @@ def table(results: Results) -> list[str]:
         figure = goal.find(results)
         bound = f"{'at least' if goal.at_least else 'at most'} {goal.accept:,g} {goal.unit}".strip()
         said = "not measured" if figure is None else f"{figure:,.{2 if abs(figure) < 100 else 0}f}"
-        noise = goal.noise(results) if goal.noise is not None else None
+        noise, error = (None if find is None else find(results) for find in (goal.noise, goal.error))
+        said += "" if error is None else f" ± {error:.2f}"
         lines.append(f"| {goal.what} | {bound} | {said} | {'' if figure is None else goal.verdict(figure, noise)} |")
     return lines

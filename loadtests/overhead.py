@@ -1,6 +1,6 @@
 """What the memory adds to a token: vLLM alone, with the memory, with LoRA; engines that take turns.
 
-    python -m loadtests.overhead [--starts 3] [--rounds 5] [--batches 1,8] [--prompts 128,2048] [--layers 28]
+    python -m loadtests.overhead [--starts 6] [--rounds 5] [--batches 1,8] [--prompts 128,2048] [--layers 28]
 
 Qwen3-0.6B's shape with random weights, fp32, on the CPU. Every arm is an engine of its own, as users start it
 (compiled; vLLM does not compile with LoRA on a CPU). In each round every arm runs the same batch, and arms change after
@@ -10,13 +10,17 @@ step costs beside its layers then weighs three times as much.
 
 Two engines that are the same differ by percents, for as long as they live: by where their memory lies. So engines are
 started anew several times. A figure is the mean over the starts of the median of an arm's ratios to vanilla in the same
-step; vanilla runs twice, and the same figure of its second engine shows what is left of the noise.
+step, and beside it stands its standard error. Vanilla runs twice: memory is compared with both of its engines, and what
+the second one is to the first shows how far the noise goes. Time to the first token, which takes long to measure, is
+measured in every second start.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -63,7 +67,7 @@ def setups(folder: Path, size: Size, options: dict[str, Any]) -> dict[str, Setup
 def measure(
     arms: dict[str, Arm], vocabulary: int, batches: Sequence[int], prompts: Sequence[int], tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row per measurement: milliseconds of vanilla, percent of each other arm, LoRA's ratio to ours."""
+    """One row per measurement, see `row`."""
     found = []
     for batch in batches:
         took = take_turns(arms, batch, CONTEXT, tokens, vocabulary, rounds)
@@ -75,23 +79,30 @@ def measure(
 
 
 def row(what: str, took: Took, figure: Figure) -> dict[str, Any]:
-    """A measurement as plain values."""
+    """A measurement as plain values: milliseconds of vanilla, percent that each other arm takes more, LoRA's ratio to
+    ours."""
     values: dict[str, Any] = {"what": what, "vanilla ms": milliseconds(took[VANILLA], figure)}
-    values |= {f"{arm} %": 100 * (ratio(took, figure, arm, VANILLA) - 1) for arm in took if arm != VANILLA}
+    for arm in (arm for arm in took if arm != VANILLA):
+        bases = [base for base in (VANILLA, AGAIN) if base in took and base != arm]
+        values[f"{arm} %"] = 100 * (statistics.fmean(ratio(took, figure, arm, base) for base in bases) - 1)
     if LORA in took and MEMORY in took:
         values["lora / memory"] = ratio(took, figure, LORA, MEMORY)
     return values
 
 
 def mean(starts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of several starts as one: means of their figures."""
-    return [
-        {
-            name: value if isinstance(value, str) else statistics.fmean(row[name] for row in rows)
-            for name, value in rows[0].items()
-        }
-        for rows in zip(*starts, strict=True)
-    ]
+    """The rows of several starts as one: means of their figures, and the standard error of the memory's."""
+    by_what: dict[str, list[dict[str, Any]]] = {}
+    for row in itertools.chain(*starts):
+        by_what.setdefault(row["what"], []).append(row)
+    found = []
+    for what, rows in by_what.items():
+        means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0] if name != "what"}
+        if len(rows) > 1:
+            error = statistics.stdev(row[f"{MEMORY} %"] for row in rows) / math.sqrt(len(rows))
+            means |= {f"{MEMORY} % ±": error, "starts": len(rows)}
+        found.append({"what": what, **means})
+    return found
 
 
 def run(
@@ -100,7 +111,7 @@ def run(
     layers: int = QWEN3_0_6B.layers,
     tokens: int = 16,
     rounds: int = 5,
-    starts: int = 3,
+    starts: int = 6,
     eager: bool = False,
 ) -> list[dict[str, Any]]:
     """Start the arms and measure; rows as of `measure`, those of the close arms first. Time to the first token is not
@@ -116,7 +127,7 @@ def run(
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
             return measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
 
-    close = mean([once(CLOSE, QWEN3_0_6B.share(layers), prompts) for _ in range(starts)])
+    close = mean([once(CLOSE, QWEN3_0_6B.share(layers), () if start % 2 else prompts) for start in range(starts)])
     far = once(FAR, QWEN3_0_6B.share(min(layers, FEW_LAYERS)), ())
     return close + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
 
@@ -124,7 +135,7 @@ def run(
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--starts", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--batches", default="1,8")

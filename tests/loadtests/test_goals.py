@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from deltamem_vllm.report.arm import Timing
+from deltamem_vllm.report.compare import per_token
 from loadtests import goals, hooks, overhead, plot, sessions
 from loadtests.__main__ import PARTS, markdown
 
@@ -64,14 +66,28 @@ def test_goals_are_judged(what: str, verdict: str) -> None:
 
 @pytest.mark.parametrize(("again", "said"), [(0.4, "pass"), (-1.31, "unclear: vanilla against itself is -1.31 %")])
 def test_a_figure_within_the_noise_says_nothing(again: float, said: str) -> None:
-    row = {"what": "TPOT, B=1", "vanilla ms": 50.0, "memory %": -2.0, "vanilla again %": again, "lora / memory": 1.5}
+    row = {"what": "TPOT, B=1", "memory %": -2.0, "memory % ±": 0.25, "vanilla again %": again}
     line = next(line for line in goals.table({"overhead": [row]}) if line.startswith("| time per token, 1 request"))
-    assert line.endswith(f"| -2.00 | {said} |")
+    assert line.endswith(f"| -2.00 ± 0.25 | {said} |")
 
 
 def test_starts_are_averaged() -> None:
-    starts = [[{"what": "TTFT", "vanilla ms": 2.0, "memory %": percent}] for percent in (-1.0, 4.0)]
-    assert overhead.mean(starts) == [{"what": "TTFT", "vanilla ms": 2.0, "memory %": 1.5}]
+    one, two, further = ({"what": "TPOT", "vanilla ms": 2.0, "memory %": percent} for percent in (-1.0, 4.0, 0.0))
+    starts = [[one, {**further, "what": "TTFT"}], [two]]
+    assert overhead.mean(starts) == [
+        {"what": "TPOT", "vanilla ms": 2.0, "memory %": 1.5, "memory % ±": pytest.approx(2.5), "starts": 2},
+        {"what": "TTFT", "vanilla ms": 2.0, "memory %": 0.0},
+    ]
+
+
+def test_memory_is_compared_with_both_engines_of_vanilla() -> None:
+    took = {
+        name: [Timing(0.0, [seconds], 0.0)]
+        for name, seconds in (("vanilla", 1.0), ("memory", 1.2), ("vanilla again", 1.5))
+    }
+    row = overhead.row("TPOT", took, per_token)
+    assert row["vanilla again %"] == pytest.approx(50.0)
+    assert row["memory %"] == pytest.approx(100 * ((1.2 + 1.2 / 1.5) / 2 - 1))
 
 
 def test_a_picture_where_an_arm_was_not_measured(tmp_path: Path) -> None:
