@@ -182,10 +182,9 @@ class Gateway:
                         if history is not None:
                             text = text + choice.text if grows else choice.text
                     if output.finished:
-                        if params.stop and scope.mode == "readwrite":  # only here they are looked for in the text
-                            ended = None if choice is None else choice.finish_reason
-                            fed = fed_tokens(len(tokens), sampled, ended)
-                            await client.ask("verdict", ticket=ticket, tokens=fed)
+                        if params.stop and scope.mode == "readwrite":
+                            reason = None if choice is None else choice.finish_reason
+                            await self._say_end(client, ticket, fed_tokens(len(tokens), sampled, reason))
                         settled = True
                         scope.outcome = await self._outcome(client, ticket, key.session)
                         if history is not None and scope.outcome["status"] in WRITTEN:
@@ -263,6 +262,15 @@ class Gateway:
         if kind == "none" and theirs is None and tenant == DEFAULT_TENANT:
             return prompt
         return {**prompt, "cache_salt": self.names.salt(kind, tenant, theirs or "")}
+
+    @staticmethod
+    async def _say_end(client: ControlClient, ticket: str, fed: int | None) -> None:
+        """Stop strings are looked for here, in the text; the engine waits to hear where the answer ended.
+
+        If it cannot be told it commits nothing, and the outcome says so.
+        """
+        with contextlib.suppress(DeltaMemError):
+            await client.ask("verdict", ticket=ticket, tokens=fed)
 
     @staticmethod
     async def _outcome(client: ControlClient, ticket: str, session: str) -> dict[str, Any]:
