@@ -39,6 +39,10 @@ CLOSE, FAR = (VANILLA, MEMORY, AGAIN), (VANILLA, MEMORY, LORA, LOOP)
 """Arms that differ by percents, and those that differ by so much that one start tells."""
 FEW_LAYERS = 8
 """Of the arms that are far apart."""
+STEP = 512
+"""Tokens of a prompt that one step takes."""
+FEW_STEPS = 4
+"""So many times as many rounds for prompts of one step: one pause of the machine is then no longer half of them."""
 CONTEXT = 64
 """Tokens of the prompts behind which time per token is measured."""
 
@@ -73,7 +77,7 @@ def measure(
         took = take_turns(arms, batch, CONTEXT, tokens, vocabulary, rounds)
         found.append(row(f"TPOT, B={batch}", took, per_token))
     for length in prompts:
-        took = take_turns(arms, 1, length, 1, vocabulary, rounds)
+        took = take_turns(arms, 1, length, 1, vocabulary, rounds if length > STEP else FEW_STEPS * rounds)
         found.append(row(f"TTFT, {length} tokens", took, first))
     return found
 
@@ -117,7 +121,7 @@ def run(
     """Start the arms and measure; rows as of `measure`, those of the close arms first. Time to the first token is not
     measured of the far ones: they have no goal for it, and take minutes."""
     options: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": 512, "seed": 0,
+        "dtype": "float32", "max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": STEP, "seed": 0,
         "enforce_eager": eager,
     }  # fmt: skip
 
@@ -127,8 +131,9 @@ def run(
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
             return measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
 
-    close = mean([once(CLOSE, QWEN3_0_6B.share(layers), () if start % 2 else prompts) for start in range(starts)])
-    far = once(FAR, QWEN3_0_6B.share(min(layers, FEW_LAYERS)), ())
+    lengths = [prompts, ()] if batches else [prompts]
+    close = mean([once(CLOSE, QWEN3_0_6B.share(layers), lengths[i % len(lengths)]) for i in range(starts)])
+    far = once(FAR, QWEN3_0_6B.share(min(layers, FEW_LAYERS)), ()) if batches else []
     return close + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
 
 
