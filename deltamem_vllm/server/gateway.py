@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import copy
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from deltamem_vllm.errors import CapacityError, DeltaMemError, SessionError
 from deltamem_vllm.names import Names
 from deltamem_vllm.policy import ALL, Policy
 from deltamem_vllm.redaction import redact
+from deltamem_vllm.server.ahead import read_ahead
 from deltamem_vllm.server.chat import HISTORY, MASK, WRITES
 from deltamem_vllm.server.offering import OFFERED, PINS
 from deltamem_vllm.server.roles import mask_of
@@ -157,7 +158,7 @@ class Gateway:
     ) -> AsyncIterator[Any]:
         history = marks.get(HISTORY)
         client, ticket = self.client_of(key), secrets.token_hex(16)
-        sampled, settled, text = 0, False, ""
+        settled, text = False, ""
         grant: dict[str, Any] = {}
         self._spans.expect(request_id)
         try:
@@ -172,19 +173,15 @@ class Gateway:
             scope.admitted = True
             params.extra_args[EXTRA]["ticket"] = ticket
             prompt = {**prompt, "cache_salt": grant["salt"]}
-            async with contextlib.aclosing(generate(prompt, params, request_id, **kwargs)) as outputs:
+            outputs = generate(prompt, params, request_id, **kwargs)
+            if params.stop and scope.mode == "readwrite":  # a client that reads slowly shall not keep its end from us
+                outputs = read_ahead(self._telling_the_end(outputs, client, ticket, len(tokens), params))
+            async with contextlib.aclosing(outputs):
                 async for output in outputs:
-                    choice = output.outputs[0] if output.outputs else None
-                    if choice is not None:
-                        new = len(choice.token_ids)
-                        grows = params.output_kind == RequestOutputKind.DELTA
-                        sampled = sampled + new if grows else new
-                        if history is not None:
-                            text = text + choice.text if grows else choice.text
+                    if history is not None and output.outputs:
+                        new = output.outputs[0].text
+                        text = text + new if params.output_kind == RequestOutputKind.DELTA else new
                     if output.finished:
-                        if params.stop and scope.mode == "readwrite":
-                            reason = None if choice is None else choice.finish_reason
-                            await self._say_end(client, ticket, fed_tokens(len(tokens), sampled, reason))
                         settled = True
                         scope.outcome = await self._outcome(client, ticket, key.session)
                         if history is not None and scope.outcome["status"] in WRITTEN:
@@ -264,13 +261,24 @@ class Gateway:
         return {**prompt, "cache_salt": self.names.salt(kind, tenant, theirs or "")}
 
     @staticmethod
-    async def _say_end(client: ControlClient, ticket: str, fed: int | None) -> None:
-        """Stop strings are looked for here, in the text; the engine waits to hear where the answer ended.
-
-        If it cannot be told it commits nothing, and the outcome says so.
+    async def _telling_the_end(
+        outputs: AsyncGenerator[Any, None], client: ControlClient, ticket: str, prompt_tokens: int, params: Any
+    ) -> AsyncGenerator[Any, None]:
+        """Outputs of a request with stop strings. They are looked for here, in the text: the engine waits to hear where
+        the answer ended. If it cannot be told it commits nothing, and the outcome says so.
         """
-        with contextlib.suppress(DeltaMemError):
-            await client.ask("verdict", ticket=ticket, tokens=fed)
+        sampled = 0
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                choice = output.outputs[0] if output.outputs else None
+                if choice is not None:
+                    new = len(choice.token_ids)
+                    sampled = sampled + new if params.output_kind == RequestOutputKind.DELTA else new
+                if output.finished:
+                    fed = fed_tokens(prompt_tokens, sampled, None if choice is None else choice.finish_reason)
+                    with contextlib.suppress(DeltaMemError):
+                        await client.ask("verdict", ticket=ticket, tokens=fed)
+                yield output
 
     @staticmethod
     async def _outcome(client: ControlClient, ticket: str, session: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ LATE_ABORTS = Path(__file__).parent / "late_aborts"
 """For a server's PYTHONPATH."""
 LATE_SECONDS = 0.1
 """Some 30 tokens of the recall model."""
+_under_way: set[asyncio.Task[None]] = set()
 
 
 def aborts_come_late() -> None:
@@ -24,8 +25,14 @@ def _make_late(core_client: Any) -> None:
     for client in (core_client.AsyncMPClient, core_client.DPLBAsyncMPClient):
         abort = client.abort_requests_async
 
-        async def late(self: Any, request_ids: list[str], abort: Any = abort) -> None:
+        async def later(self: Any, request_ids: list[str], abort: Any = abort) -> None:
             await asyncio.sleep(LATE_SECONDS)
             await abort(self, request_ids)
+
+        async def late(self: Any, request_ids: list[str], later: Any = later) -> None:
+            # In a task of its own: that of a client which has left is cancelled at whatever it waits for.
+            task = asyncio.create_task(later(self, request_ids))
+            _under_way.add(task)
+            task.add_done_callback(_under_way.discard)
 
         client.abort_requests_async = late

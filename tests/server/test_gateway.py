@@ -277,6 +277,25 @@ def test_a_request_with_stop_strings_is_told_how_it_ended(tmp_path: Path, reason
     play(tmp_path, scenario)
 
 
+def test_an_answer_with_stop_strings_is_written_though_its_client_does_not_take_it(tmp_path: Path) -> None:
+    """Where a stream waits for its reader, the engine hears of the end all the same."""
+
+    async def scenario(gateway: Gateway, engine: Engine) -> None:
+        scope = Scope()
+        current.set(scope)
+        sampling = SamplingParams(max_tokens=3, stop=["END"], output_kind=RequestOutputKind.DELTA)
+        outputs = gateway.wrap(engine.generate)(dict(PROMPT), sampling, "cmpl-1", session_id="s")
+        taken = [await anext(outputs)]
+        while await version(gateway) != 1:
+            await asyncio.sleep(0.001)
+        assert not scope.outcome
+        taken += [output async for output in outputs]
+        assert [output.outputs[0].token_ids for output in taken] == [[7], [8], [9]]
+        assert scope.outcome["status"] == "committed"
+
+    play(tmp_path, scenario)
+
+
 @pytest.mark.parametrize("stop", [None, ["END"]])
 def test_a_client_that_leaves_commits_nothing_and_frees_the_session(tmp_path: Path, stop: list[str] | None) -> None:
     async def scenario(gateway: Gateway, engine: Engine) -> None:
