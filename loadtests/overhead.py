@@ -8,11 +8,10 @@ every step. Three engines of the whole model take 17 GB beside each other. The a
 percents have 8 of its 28 layers, and as large a share of its vocabulary; so can the others (``--layers 8``): what a
 step costs beside its layers then weighs three times as much.
 
-Two engines that are the same differ by percents, for as long as they live: by where their memory lies. So engines are
-started anew several times. A figure is the mean over the starts of the median of an arm's ratios to vanilla in the same
-step, and beside it stands its standard error. Vanilla runs twice: memory is compared with both of its engines, and what
-the second one is to the first shows how far the noise goes. Time to the first token, which takes long to measure, is
-measured in every second start.
+Two engines that are the same differ by percents, for as long as they live. So engines are started anew several times. A
+figure is the mean over the starts of the median of an arm's ratios to vanilla in the same step; beside it stands its
+standard error. Vanilla runs twice: memory is compared with both of its engines, and what the second one is to the first
+shows how far the noise goes. Time to the first token, which takes long to measure, is measured in every second start.
 """
 
 from __future__ import annotations

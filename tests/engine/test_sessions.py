@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.engine.asking import Ask, Reply
+from tests.engine.asking import Ask, Reply, stop_in
 from tests.engine.engine import Engine, Setup
 from tests.engine.measured import note
 from tests.engine.official import Case, case, check_reply, worst
@@ -98,7 +98,7 @@ def test_a_stop_string_ends_a_turn_and_is_the_end_of_what_is_written(engine: Eng
     """`SessionLLM` says where the answer ended, as servers do: the engine would take it for an abort."""
     prompt, stopped, plain = case(NAME).prompt("first_turn"), fresh("stopped"), fresh("plain")
     text = engine.one(Ask(prompt, n=24, stop=("never sampled here",))).text
-    stop = next(text[i : i + 2] for i in range(5, len(text)) if text.index(text[i : i + 2]) == i and text.isprintable())
+    stop = stop_in(text)
     reply, longer = engine.run(Ask(prompt, stopped, stop=(stop,)), Ask(prompt, fresh("longer"), n=64, stop=(stop * 9,)))
     assert reply.status == longer.status == "committed"
     assert (len(reply.tokens) < 24, len(longer.tokens)) == (True, 64)

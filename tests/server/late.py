@@ -12,7 +12,7 @@ from tests.engine.after_import import after_import
 LATE_ABORTS = Path(__file__).parent / "late_aborts"
 """For a server's PYTHONPATH."""
 LATE_SECONDS = 0.1
-"""Some 30 tokens of the recall model."""
+"""Longer than a short answer of the recall model takes."""
 _under_way: set[asyncio.Task[None]] = set()
 
 

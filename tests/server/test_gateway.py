@@ -67,7 +67,9 @@ class Engine:
             return
         if not grant.commits:
             self.service.end(grant.ticket, "unchanged")
-        elif grant.held_for_verdict:  # the scheduler waits to hear more
+            return
+        assert grant.held_for_verdict or not self.stop, "to the scheduler an abort; it must wait to hear more"
+        if grant.held_for_verdict:  # the scheduler waits to hear more
             self.hearing = asyncio.create_task(self.hear(grant, prompt))
         else:
             fed = [*prompt, *self.reply[:-1]]

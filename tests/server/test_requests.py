@@ -12,6 +12,7 @@ import pytest
 
 from deltamem_vllm.demo.server import VllmServer
 from deltamem_vllm.metrics import REQUESTS_WAITING
+from tests.engine.asking import stop_in
 from tests.pages import at
 from tests.server.talk import (
     API_KEY,
@@ -68,7 +69,7 @@ def test_a_stop_string_commits_exactly_at_the_cut(talk: Talk, streamed: bool) ->
     """The engine has run further when the stop string is seen; the memory must not have."""
     s, t, prompt = new_session(), new_session(), [*FACT, 7]
     text = ok(talk.complete(prompt, None, n=40, logprobs=None))["choices"][0]["text"]
-    stop = next(text[i : i + 2] for i in range(5, 30) if text.index(text[i : i + 2]) == i and text.isprintable())
+    stop = stop_in(text)
     if streamed:
         with talk.streamed(prompt, s, n=200, stop=[stop]) as response:
             response.read()
