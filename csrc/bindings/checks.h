@@ -13,12 +13,17 @@ namespace deltamem_bindings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Apart from who requires it, so that what is written for an error does not lie in the way of who meets none.
 template <typename... Parts>
-void require(bool fits, const Parts&... parts) {
-  if (fits) return;
+[[noreturn, gnu::cold, gnu::noinline]] void refuse(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
+}
+
+template <typename... Parts>
+inline void require(bool fits, const Parts&... parts) {
+  if (!fits) refuse(parts...);
 }
 
 // -1 stands for any size.

@@ -26,15 +26,16 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
 
 void activate(const Tensor& projected, const Tensor& bias, const Tensor& q, const Tensor& log, int64_t packed_shape) {
   const deltamem::Shape shape = make_shape(packed_shape);
-  const deltamem::Dtype dtype = dtype_of("projected", projected);
-  check_rows("projected", projected, shape.projected_columns());
+  const Rows rows = rows_of("projected", projected);
+  require(rows.columns == shape.projected_columns(), "projected: expected ", shape.projected_columns(), " columns, got ",
+          rows.columns);
   check("bias", bias, ScalarType::Float, {shape.gate_columns()});
   check("q", q, ScalarType::Float, {projected.size(0), shape.width()});
   check("log", log, ScalarType::Float, {projected.size(0), shape.log_columns()});
   require(bias.is_contiguous() && q.is_contiguous() && log.is_contiguous(), "activate: bias, q and log must be contiguous");
-  const deltamem::ActivateArgs args = {projected.data_ptr(), projected.stride(0), dtype, data<float>(bias),
-                                       projected.size(0), static_cast<float*>(q.data_ptr()),
-                                       static_cast<float*>(log.data_ptr()), workspace(deltamem::thread_floats(shape))};
+  const deltamem::ActivateArgs args = {rows.data, rows.stride, rows.dtype, data<float>(bias), rows.count,
+                                       static_cast<float*>(q.data_ptr()), static_cast<float*>(log.data_ptr()),
+                                       workspace(deltamem::thread_floats(shape))};
   deltamem::kernels().activate(shape, args);
 }
 

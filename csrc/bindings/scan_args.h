@@ -8,6 +8,7 @@
 
 #include "../cpu/plan.h"
 #include "cpu_checks.h"
+#include "rows.h"
 
 namespace deltamem_bindings {
 
@@ -21,29 +22,11 @@ inline deltamem::Pages make_pages(const deltamem::Shape& shape, const Tensor& pa
   return {static_cast<float*>(pages.data_ptr()), pages.stride(0), block_size, pages.size(1)};
 }
 
-inline deltamem::Dtype dtype_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return deltamem::Dtype::f32;
-    case ScalarType::BFloat16: return deltamem::Dtype::bf16;
-    case ScalarType::Half: return deltamem::Dtype::f16;
-    default: throw std::runtime_error(std::string(name) + ": expected float32, bfloat16 or float16");
-  }
-}
-
 // On torch's own threads.
 inline void in_parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
   torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; slot++) body(context, slot);
   });
-}
-
-// Rows that a kernel can walk; -1 stands for any number of columns.
-inline void check_rows(const char* name, const Tensor& rows, int64_t columns) {
-  check(name, rows, rows.scalar_type(), {-1, columns});
-  const bool overlap = rows.size(0) > 1 && rows.stride(0) < rows.size(1);
-  require(rows.size(0) == 0 || (rows.stride(1) == 1 && !overlap), name,
-          ": the columns of a row must be contiguous and rows must not overlap, got strides ", rows.stride(0), ", ",
-          rows.stride(1));
 }
 
 // Which tokens of a step belong to which request, and which of them are written.
@@ -138,44 +121,42 @@ struct LayerRows {
   const Tensor& reads;
 };
 
-// Where one layer's activation reads, and where its reads go.
-inline void set_rows(const deltamem::Shape& shape, const LayerConstants& own, const LayerRows& layer, int64_t tokens,
-                     deltamem::ScanArgs& args) {
-  const int64_t columns = shape.projected_columns();
+// Rows whose last columns an activation can read: as many as tokens.
+inline Rows source_rows(const deltamem::Shape& shape, const LayerRows& layer, int64_t tokens) {
   const char* name = layer.projected ? "projected" : "rows";
-  const Tensor& from = layer.projected ? *layer.projected : layer.rows;
-  args.dtype = dtype_of(name, from);
-  check_rows(name, from, layer.projected ? columns : -1);
-  require(from.size(0) == tokens, name, ": ", from.size(0), " rows in a step of ", tokens, " tokens");
-  require(from.size(1) >= columns, "rows: expected at least the ", columns, " projected columns, got ", from.size(1));
-  check("reads", layer.reads, ScalarType::Float, {-1, shape.width()});
-  require(layer.reads.is_contiguous(), "page_scan: reads must be contiguous");
-  require(layer.reads.size(0) >= tokens, "page_scan: reads has ", layer.reads.size(0), " rows for ", tokens, " tokens");
-  args.projected = data<char>(from) + (from.size(1) - columns) * bytes_of(args.dtype);
-  args.projected_stride = from.stride(0);
-  args.bias = own.bias;
-  args.reads = static_cast<float*>(layer.reads.data_ptr());
-  args.num_rows = layer.reads.size(0);
+  const Rows rows = rows_of(name, layer.projected ? *layer.projected : layer.rows);
+  const int64_t columns = shape.projected_columns();
+  require(rows.count == tokens, name, ": ", rows.count, " rows in a step of ", tokens, " tokens");
+  require(layer.projected ? rows.columns == columns : rows.columns >= columns, name, ": expected ",
+          layer.projected ? "" : "at least ", "the ", columns, " projected columns, got ", rows.columns);
+  return rows;
 }
 
-// What of one layer's rows is corrected; no columns: nothing is. args: of `set_rows`.
-inline deltamem::CorrectionArgs correction_args(const deltamem::Shape& shape, const LayerConstants& own,
-                                                const LayerRows& layer, int64_t tokens, const deltamem::ScanArgs& args) {
-  if (own.matrix == nullptr) return {};
-  const Tensor& rows = layer.rows;
-  deltamem::Dtype dtype = args.dtype;
-  if (layer.projected) {  // else they are the activation's, and have been checked
-    dtype = dtype_of("rows", rows);
-    check_rows("rows", rows, -1);
-    require(rows.size(0) == tokens, "rows: expected one for each of ", tokens, " tokens, got ", rows.size(0));
-  }
-  require(dtype == own.dtype, "rows: not of the dtype of the layer's matrix");
-  const int64_t room = rows.size(1) - (layer.projected ? 0 : shape.projected_columns()) - own.first;
+// Where one layer's activation reads, and where its reads go.
+inline void set_rows(const deltamem::Shape& shape, const LayerConstants& own, const Rows& source, const Rows& reads,
+                     int64_t tokens, deltamem::ScanArgs& args) {
+  require(reads.dtype == deltamem::Dtype::f32 && reads.columns == shape.width() && reads.count >= tokens &&
+              (reads.count < 2 || reads.stride == reads.columns),
+          "reads: expected ", shape.width(), " contiguous floats for each of ", tokens, " tokens, got ", reads.count, " rows of ",
+          reads.columns, ", ", reads.stride, " apart", reads.dtype == deltamem::Dtype::f32 ? "" : ", not of float32");
+  args.dtype = source.dtype;
+  args.projected = source.data + (source.columns - shape.projected_columns()) * bytes_of(args.dtype);
+  args.projected_stride = source.stride;
+  args.bias = own.bias;
+  args.reads = reinterpret_cast<float*>(reads.data);
+  args.num_rows = reads.count;
+}
+
+// What of one layer's rows is corrected, by reads of `width`; no columns: nothing is. room: columns that may be.
+inline deltamem::CorrectionArgs correction_args(const LayerConstants& own, const Rows& rows, int64_t room, int64_t tokens,
+                                                const float* reads, int64_t width) {
+  require(rows.count == tokens, "rows: expected one for each of ", tokens, " tokens, got ", rows.count);
+  require(rows.dtype == own.dtype, "rows: not of the dtype of the layer's matrix");
   const int64_t columns = own.tiles * deltamem::kMatrixTile;
   require(columns - room < deltamem::kMatrixTile, "matrix: expected whole tiles of at most ", room, " columns from column ",
           own.first, " on, got ", columns);
-  return {static_cast<char*>(rows.data_ptr()) + own.first * bytes_of(dtype), rows.stride(0), dtype, own.matrix,
-          columns < room ? columns : room, args.reads, shape.width()};
+  return {rows.data + own.first * bytes_of(own.dtype), rows.stride, own.dtype, own.matrix, columns < room ? columns : room,
+          reads, width};
 }
 
 // Over threads where that pays: tokens of one piece stay on one.
@@ -189,9 +170,16 @@ inline void correct(const deltamem::CorrectionArgs& args, int64_t tokens) {
 
 // One layer of a step; nothing has changed if it throws.
 inline void run_layer(Step& step, const LayerConstants& own, const LayerRows& layer) {
-  set_rows(step.shape, own, layer, step.tokens, step.args);
-  const deltamem::CorrectionArgs correction = correction_args(step.shape, own, layer, step.tokens, step.args);
   const deltamem::Plan& plan = step.planned.plan;
+  deltamem::fetch_pages(step.shape, step.args.pages, plan);
+  const Rows source = source_rows(step.shape, layer, step.tokens);
+  set_rows(step.shape, own, source, rows_of("reads", layer.reads), step.tokens, step.args);
+  deltamem::CorrectionArgs correction = {};
+  if (own.matrix != nullptr) {
+    const Rows rows = layer.projected ? rows_of("rows", layer.rows) : source;
+    const int64_t room = rows.columns - (layer.projected ? 0 : step.shape.projected_columns()) - own.first;
+    correction = correction_args(own, rows, room, step.tokens, step.args.reads, step.shape.width());
+  }
   float* room = workspace(deltamem::workspace_floats(step.shape, plan, step.tokens));
   deltamem::kernels().page_scan(step.shape, step.args, plan, in_parallel, room);
   correct(correction, step.tokens);

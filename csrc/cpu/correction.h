@@ -3,7 +3,7 @@
 //
 // A row of q is 8 KB for a small model and comes from the second cache or from behind it: what takes the time is that a
 // row goes through the core once. The matrix stays in the second cache meanwhile, and each part of it that is loaded
-// serves kTogether rows.
+// serves kTogether rows. In a decode step both come from memory, in too many pieces for the CPU to see what is next.
 #pragma once
 
 #include "delta_rule.h"
@@ -15,6 +15,7 @@ namespace {
 constexpr int kParts = kMatrixTile / kLanes;        // registers of one row of a tile
 constexpr int kTogether = kLanes / 4;               // rows at a time: their sums and one part of the matrix fit the registers
 constexpr int64_t kChunk = 16;                      // rows that go through all tiles together
+constexpr int64_t kAhead = 2;                       // tiles whose lines are asked for before they are needed
 static_assert(kChunk % kTogether == 0 && kMatrixTile % kLanes == 0, "whole groups and whole registers");
 
 // One tile's columns of ROWS rows. R: the reads of a token where the compiler knows them, else 0.
@@ -42,6 +43,10 @@ inline void correct_rest(int64_t r, int64_t columns, const float* reads, const E
   for (int64_t c = 0; c < columns; c++) row[c] = whole[c];
 }
 
+inline void fetch(const void* first, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(first) + i);
+}
+
 inline bool all_zero(int64_t n, const float* x) {
   for (int64_t i = 0; i < n; i++)
     if (x[i] != 0.0f) return false;
@@ -58,6 +63,10 @@ void correct_chunk(const CorrectionArgs& args, int64_t token, int64_t n) {
   bool idle[kChunk];  // rows of requests without memory, or whose memory is empty
   for (int64_t t = 0; t < n; t++) idle[t] = all_zero(r, reads + t * r);
   for (int64_t tile = 0; tile < full; tile++, matrix += r * kMatrixTile, rows += kMatrixTile) {
+    if (tile + kAhead < full) {
+      fetch(matrix + kAhead * r * kMatrixTile, r * kMatrixTile * sizeof *matrix);
+      for (int64_t t = 0; t < n; t++) fetch(rows + t * args.stride + kAhead * kMatrixTile, kMatrixTile * sizeof *rows);
+    }
     for (int64_t t = 0; t < n;) {
       bool together = t + kTogether <= n;
       for (int64_t i = t; together && i < t + kTogether; i++) together = !idle[i];

@@ -18,6 +18,14 @@ bool all_written(const BatchArgs& batch, const Request& request, int64_t block_s
   return true;
 }
 
+// Floats of pages that are asked for ahead: more lines would push each other out of the first-level cache.
+constexpr int64_t kFetched = 8192;
+
+void fetch(const float* first, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(first + i);
+  __builtin_prefetch(first + floats - 1);  // it need not begin where a line does
+}
+
 // The requests with tokens and a memory, and the rows of none of them.
 void find_requests(const BatchArgs& batch, int64_t block_size, Planned& planned) {
   planned.requests.clear();
@@ -89,6 +97,17 @@ void make_plan(const Shape& shape, const Pages& pages, const BatchArgs& batch, i
   if (work * shape.state_floats() < kWorthThreads * 64) return;
   plan.threads = threads;
   plan.cut = independent && 2 * longest * threads <= work ? Cut::requests : Cut::tokens;
+}
+
+void fetch_pages(const Shape& shape, const Pages& pages, const Plan& plan) {
+  const int64_t running = shape.heads * (kStampFloats + shape.rank * shape.rank);
+  const int64_t requests = std::min(plan.num_requests, kFetched / (running + shape.log_columns()));
+  for (int64_t i = 0; i < requests; i++) {
+    const Request& request = plan.requests[i];
+    if (request.replayed)
+      if (const float* kept = pages.running(request.behind, shape, 0)) fetch(kept, running);
+    fetch(pages.log(request.first, shape, request.position % pages.block_size), shape.log_columns());
+  }
 }
 
 }  // namespace deltamem

@@ -19,4 +19,7 @@ struct Planned {
 void make_plan(const Shape& shape, const Pages& pages, const BatchArgs& batch, int64_t num_blocks, int64_t threads,
                Planned& planned);
 
+// Ask for what a step's first requests will need of their pages, so that it is on its way while other things are looked at.
+void fetch_pages(const Shape& shape, const Pages& pages, const Plan& plan);
+
 }  // namespace deltamem

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.native import LayerConstants, LayerRows, LayerTable, NativeOps
+from deltamem_vllm.ops.native import TILE, LayerConstants, LayerRows, LayerTable, NativeOps, tiled
 from deltamem_vllm.ops.paged import Batch, PagedOps
 from deltamem_vllm.ops.pooled import Book
 from tests.ops.paging import FEW_SHAPES, World, int32, make_shape, name_of, random_inputs
@@ -167,11 +167,46 @@ def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
     with pytest.raises(RuntimeError, match="3 rows in a step of 4 tokens"):
         native.scan_next(stack.rows(1, 3), 1)
     own = stack.rows(1, 4)
+    columns = shape.projected_columns
+    before = [world.whole.clone() for world in stack.worlds]
     for wrong, named in (
-        (own._replace(reads=own.reads[:3]), "reads"),
+        (own._replace(reads=own.reads[:3]), "reads: expected 8 contiguous floats for each of 4 tokens, got 3 rows"),
+        (own._replace(reads=torch.full((4, 7), float("nan"))), "reads: .* got 4 rows of 7, 7 apart"),
+        (own._replace(reads=torch.full((4, 9), float("nan"))[:, :8]), "reads: .* 9 apart"),
+        (own._replace(reads=torch.full((8, 4), float("nan")).t()), "reads: the columns of a row must be contiguous"),
+        (own._replace(reads=own.reads.half()), "reads: .* not of float32"),
+        (own._replace(reads=own.reads.double()), "reads: expected float32"),
+        (own._replace(reads=own.reads[0]), "reads: expected rows of columns, got 1 dimensions"),
         (own._replace(rows=own.rows[:, 1:]), "projected columns"),
-        (own._replace(projected=own.rows[:, 1:]), "projected"),
+        (own._replace(rows=own.rows.unsqueeze(0)), "rows: expected rows of columns, got 3 dimensions"),
+        (own._replace(rows=own.rows.double()), "rows: expected float32"),
+        (own._replace(rows=torch.zeros(4, 2 * columns)[:, ::2]), "rows: the columns of a row must be contiguous"),
+        (own._replace(rows=torch.zeros(2 * columns).as_strided((4, columns), (8, 1))), "rows must not overlap"),
+        (own._replace(projected=own.rows[:, 1:]), "projected: expected the 32 projected columns, got 31"),
+        (own._replace(projected=torch.zeros(4, columns + 1)), "projected: expected the 32 projected columns, got 33"),
     ):
         with pytest.raises(RuntimeError, match=named):
             native.scan_next(wrong, 1)
+        assert wrong.reads.isnan().all()
+    for world, old in zip(stack.worlds, before, strict=True):
+        assert same_bits(world.whole, old)
     native.scan_next(own, 1)
+    assert own.reads.isfinite().all()
+
+
+def test_rows_that_are_not_those_of_their_projection_are_refused(native: NativeOps) -> None:
+    stack = Stack(make_shape(8))
+    matrix = tiled(torch.ones(8, TILE))
+    stack.table = LayerTable.of(stack.shape, [LayerConstants(bias, matrix) for _, bias, _ in stack.inputs])
+    around = torch.zeros(6, TILE)
+    own = stack.rows(0, 4)
+    first = LayerRows(around[1:5], own.rows, own.reads)
+    native.scan_first(stack.shape, first, stack.table, stack.book, stack.step(4, 0))
+    assert (around[1:5] != 0).any()
+    around.zero_()
+    own = stack.rows(1, 4)
+    for rows in (around[1:4], around[1:6]):
+        with pytest.raises(RuntimeError, match=f"rows: expected one for each of 4 tokens, got {len(rows)}"):
+            native.scan_next(LayerRows(rows, own.rows, own.reads), 1)
+    assert (around == 0).all()
+    assert own.reads.isnan().all()
