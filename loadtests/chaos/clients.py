@@ -99,7 +99,7 @@ class Client:
 
     async def _send(self, turn: int, server: int) -> Told | None:
         """Send a turn once; None: it is to be sent again."""
-        door, ledger = self.door, self.door.ledger
+        door, ledger, sent = self.door, self.door.ledger, time.monotonic()
         door.asking[server].add(self.session)
         try:
             async with door.http.post(
@@ -120,7 +120,7 @@ class Client:
             door.asking[server].discard(self.session)
         status, version = response.headers.get("X-DeltaMem-Commit"), response.headers.get("X-Session-Version")
         if response.status == 200 and status in TAKEN and version is not None:
-            return Told(self.session, turn, int(version), status, server, time.monotonic())
+            return Told(self.session, turn, int(version), status, server, sent, time.monotonic())
         if response.status == 200 and status in ("conflict", "failed", "aborted"):
             ledger.other[status] += 1
         elif response.status in (409, 429, 503):

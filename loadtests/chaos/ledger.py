@@ -18,7 +18,7 @@ class Told:
 
     Attributes:
         status: ``committed``, or ``degraded`` or ``pending``: kept by the server until the store takes it.
-        at: monotonic seconds.
+        sent, at: when its request was sent, for the last time, and when it was told; monotonic seconds.
     """
 
     session: str
@@ -26,6 +26,7 @@ class Told:
     version: int
     status: str
     server: int
+    sent: float
     at: float
 
 

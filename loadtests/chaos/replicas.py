@@ -1,19 +1,22 @@
 """Replicas on one PostgreSQL, every request to one chosen at random; one of them is killed again and again.
 
 Half of the clients resend their history, the others send only what is new. What is measured at each kill: the time
-until the sessions that the killed server was writing, or may have held a lease of, were answered by another.
+until the sessions that the killed server was writing, or may have held a lease of, were answered by another. How
+much of that any answer may take on this machine, the slowest one that no kill met shows.
 """
 
 import asyncio
 import contextlib
+import itertools
 import statistics
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from loadtests.chaos.clients import Client, GaveUp, take_turns
 from loadtests.chaos.cluster import KEEP, Cluster, serving, stored, talking
-from loadtests.chaos.ledger import Problem, check
+from loadtests.chaos.ledger import Problem, Told, check
 from loadtests.chaos.scripts import Script
 from tests.store import services
 
@@ -21,6 +24,8 @@ RECENT = 0.5
 """Seconds: a session that a server answered so recently may still be leased to it."""
 PROBES = 8
 """How many of those are asked for at a kill, at once, of another server."""
+AFTERMATH = 10.0
+"""Seconds after a kill whose answers say nothing of how long one takes without: far more than what is accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,11 @@ class Kill:
 
 @dataclass
 class Report:
-    """What came of it."""
+    """What came of it.
+
+    Attributes:
+        undisturbed: seconds of the slowest answer that no kill can have held up.
+    """
 
     size: Size
     kills: list[Kill]
@@ -78,6 +87,11 @@ class Report:
     problems: list[Problem]
     faults: list[str]
     resumed: int
+    undisturbed: float
+
+    def late(self, limit: float) -> list[float]:
+        """Waits that took more than ``limit`` seconds longer than an answer may take without a kill."""
+        return [wait for wait in self.waits if wait > limit + self.undisturbed]
 
     @property
     def waits(self) -> list[float]:
@@ -101,7 +115,14 @@ class Report:
             "sessions whose version by the API is another": len(self.faults),
             "sessions in flight or leased at a kill": sum(len(k.waits) + len(k.probes) for k in self.kills),
             "kill to their answer by another, p50 / max": f"{statistics.median(waits):.2f} / {max(waits):.2f} s",
+            "slowest answer that no kill met": f"{self.undisturbed:.2f} s",
         }
+
+
+def undisturbed(told: Iterable[Told], kills: Sequence[float]) -> float:
+    """Seconds of the slowest answer that was not under way within `AFTERMATH` of any kill; 0: there is none."""
+    apart = (each for each in told if all(each.at < kill or each.sent > kill + AFTERMATH for kill in kills))
+    return max((each.at - each.sent for each in apart), default=0.0)
 
 
 async def _kill(cluster: Cluster, clients: dict[str, Client], number: int, last: int, again: bool) -> Kill:
@@ -202,6 +223,7 @@ async def campaign(cluster: Cluster, size: Size, label: str = "replicas") -> Rep
         problems=check(ledger, there),
         faults=faults,
         resumed=resumed,
+        undisturbed=undisturbed(itertools.chain(*ledger.told.values()), [kill.at for kill in kills]),
     )
 
 

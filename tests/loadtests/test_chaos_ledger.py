@@ -10,7 +10,7 @@ from loadtests.chaos.soak import Report, Sample, Size, rise
 
 
 def told(turn: int, version: int, status: str = "committed") -> Told:
-    return Told("s", turn, version, status, 0, 0.0)
+    return Told("s", turn, version, status, 0, 0.0, 0.0)
 
 
 def ledger(*entries: Told, unknown: int | None = None) -> Ledger:
