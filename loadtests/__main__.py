@@ -15,11 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from loadtests import elision, goals, hooks, kernels, long_history, overhead, plot, sessions
+from loadtests import decode, elision, goals, hooks, kernels, long_history, overhead, plot, sessions
 
 Rows = list[dict[str, Any]]
 PARTS: dict[str, tuple[str, Callable[[], Rows]]] = {
     "operators": ("delta-rule operators, one layer", kernels.measure),
+    "decode": ("a layer of a decode step, µs", decode.measure),
     "sessions": ("sessions: commits, restores, warm loads", sessions.rows),
     "hooks": ("engine hooks, µs", hooks.measure),
     "history": ("a resent history, left out, or not sent: ms to the first token", elision.by_length),

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from deltamem_vllm.ops.native import tiled
 from deltamem_vllm.report.arm import Timing
 from deltamem_vllm.report.compare import per_token
-from loadtests import goals, hooks, overhead, plot, sessions
+from loadtests import decode, goals, hooks, overhead, plot, sessions
 from loadtests.__main__ import PARTS, markdown
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -116,6 +117,18 @@ def test_hooks_are_measured_on_a_real_session_service() -> None:
     rows = hooks.measure(running=4, steps=40)
     assert {row["hook"] for row in rows} == {"arrive", "first step", "decode step", "finish", "state"}
     assert all(0 < row["p50 µs"] <= row["p99 µs"] for row in rows)
+
+
+def test_a_decode_step_is_measured() -> None:
+    rows = decode.measure(repeats=2, batches=(1, 3))
+    assert [row["requests"] for row in rows] == [1, 3]
+    assert all(value > 0 for row in rows for value in row.values())
+
+
+def test_a_wrong_decode_step_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "tiled", lambda matrix: tiled(2 * matrix))
+    with pytest.raises(SystemExit, match="nothing is measured"):
+        decode.measure(repeats=1, batches=(1,))
 
 
 def test_sessions_are_measured_on_real_stores() -> None:
