@@ -8,7 +8,7 @@ import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psycopg
@@ -119,10 +119,9 @@ async def planted(cluster: Cluster, client: Client, plant: str) -> None:
             client.turn = 0
             await client.next()
         case "an answer names a version that nobody wrote":
-            last = cluster.door.ledger.told[client.session].pop()
-            cluster.door.ledger.told[client.session].append(
-                type(last)(last.session, last.turn, last.version + 1, last.status, last.server, last.at)
-            )
+            told = cluster.door.ledger.told[client.session]
+            last = told.pop()
+            told.append(replace(last, version=last.version + 1))
 
 
 PLANTS: dict[str, Kind] = {
