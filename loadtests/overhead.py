@@ -4,9 +4,9 @@
 
 Qwen3-0.6B's shape with random weights, fp32, on the CPU. Every arm is an engine of its own, as users start it
 (compiled; vLLM does not compile with LoRA on a CPU). In each round every arm runs the same batch, and arms change after
-every step, all on the same core, so that none has the better one. Three engines of the whole model take 17 GB beside
-each other. The arms that differ from vanilla by tens of percents have 8 of its 28 layers, and as large a share of its
-vocabulary; so can the others (``--layers 8``): what a step costs beside its layers then weighs three times as much.
+every step. Three engines of the whole model take 17 GB beside each other. The arms that differ from vanilla by tens of
+percents have 8 of its 28 layers, and as large a share of its vocabulary; so can the others (``--layers 8``): what a
+step costs beside its layers then weighs three times as much.
 
 Two engines that are the same differ by percents, for as long as they live. So engines are started anew several times. A
 figure is the mean over the starts of the median of an arm's ratios to vanilla in the same step; beside it stands its
@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import itertools
 import math
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -129,8 +128,6 @@ def run(
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             known = setups(Path(folder), size, options)
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
-            for arm in arms.values():
-                arm.keep_to({max(os.sched_getaffinity(0))})
             return measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
 
     lengths = [prompts, ()] if batches else [prompts]

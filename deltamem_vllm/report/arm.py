@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -131,13 +131,6 @@ class Arm:
         """See `Served.facts`; and ``peak_bytes``: most memory that the engine's processes have held, added up."""
         found: dict[str, Any] = self._call("facts")
         return {**found, "peak_bytes": sum(_peak(pid) for pid in _group(self._process.pid))}
-
-    def keep_to(self, cores: Collection[int]) -> None:
-        """Let every thread of the engine, and those that it will start, run on these cores only."""
-        for pid in _group(self._process.pid):
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                    os.sched_setaffinity(int(thread.name), cores)
 
     def close(self) -> None:
         """End the engine and everything it started."""

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +10,7 @@ from typer.testing import CliRunner
 
 from deltamem_vllm.adapter.weights import load_adapter
 from deltamem_vllm.cli import app
-from deltamem_vllm.report.arm import Arm, Timing
+from deltamem_vllm.report.arm import Timing
 from deltamem_vllm.report.compare import first, milliseconds, per_token, ratio
 from deltamem_vllm.report.random import QWEN3_0_6B, TINY, write_adapter, write_lora, write_model
 from deltamem_vllm.report.table import markdown
@@ -37,45 +33,6 @@ def test_a_ratio_is_that_of_the_same_round() -> None:
     assert ratio(took, first, "a", "b") == pytest.approx(2)
     assert ratio(took, per_token, "a", "b") == pytest.approx(1.1), "the median of gaps, which one hiccup does not move"
     assert milliseconds(took["b"], first) == pytest.approx(1000)
-
-
-THREADS = """
-import subprocess, sys, threading
-if len(sys.argv) == 1:
-    child = subprocess.Popen([sys.executable, __file__, "child"], stdout=subprocess.PIPE)
-    child.stdout.readline()
-threading.Thread(target=threading.Event().wait, daemon=True).start()
-print(flush=True)
-threading.Event().wait()
-"""
-
-
-def test_every_thread_of_an_engine_is_kept_to_its_core(tmp_path: Path) -> None:
-    script = tmp_path / "threads.py"
-    script.write_text(THREADS)
-    engine = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, start_new_session=True)
-    try:
-        assert engine.stdout is not None
-        engine.stdout.readline()
-        core = max(os.sched_getaffinity(0))
-        arm = Arm.__new__(Arm)
-        arm._process = engine
-        arm.keep_to({core})
-        processes = [each for each in Path("/proc").glob("[0-9]*") if group(int(each.name)) == engine.pid]
-        threads = [int(thread.name) for each in processes for thread in (each / "task").iterdir()]
-        assert (len(processes), len(threads)) == (2, 4)
-        assert all(os.sched_getaffinity(thread) == {core} for thread in threads)
-    finally:
-        os.killpg(engine.pid, signal.SIGKILL)
-        engine.wait()
-
-
-def group(pid: int) -> int | None:
-    """Of which process group a process is, if it is still there."""
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return None
 
 
 def test_random_adapters_fit_their_model(tmp_path: Path) -> None:
