@@ -25,12 +25,13 @@ from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.native import LayerConstants, LayerRows, LayerTable, NativeOps, tiled
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, mask_words
 from deltamem_vllm.ops.pooled import Book
+from loadtests.kernels import QKV, Q, running
 
 BATCHES = (1, 8, 64)
 LAYERS = 6
 """Of their own weights and pages: more than a cache keeps until a layer's turn comes again."""
-HIDDEN, Q, QKV, OTHERS = 1024, 2048, 4096, 11264
-"""Columns of a layer: its input, q, q and k and v, and its other linears together."""
+HIDDEN, OTHERS = 1024, 11264
+"""Columns of a layer's input, and of its other linears together."""
 BLOCK, APART = 128, 2 * 128 * 8 * 128
 """Tokens of a page, and floats from one page to the next: those of the layer's keys and values."""
 CONTEXT = 64
@@ -135,9 +136,8 @@ def measure(repeats: int = 60, batches: Sequence[int] = BATCHES) -> list[dict[st
         "no memory, µs": {"between": True, "idle": True},
         "caches full, µs": {},
     }
-    threads, rows = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
+    rows = []
+    with running("", 1):
         for requests in batches:
             model = Model(native, shape, requests, 2 * repeats + 1)
             if not (worst := model.check()) <= TOLERANCE:
@@ -147,8 +147,6 @@ def measure(repeats: int = 60, batches: Sequence[int] = BATCHES) -> list[dict[st
                 for arm, how in arms.items():
                     times[arm] += model.run(**how)
             rows.append({"requests": requests, **{arm: statistics.median(times[arm]) * 1e6 for arm in arms}})
-    finally:
-        torch.set_num_threads(threads)
     return rows
 
 

@@ -30,8 +30,8 @@ void activate(const Tensor& projected, const Tensor& bias, const Tensor& q, cons
   require(rows.columns == shape.projected_columns(), "projected: expected ", shape.projected_columns(), " columns, got ",
           rows.columns);
   check("bias", bias, ScalarType::Float, {shape.gate_columns()});
-  check("q", q, ScalarType::Float, {projected.size(0), shape.width()});
-  check("log", log, ScalarType::Float, {projected.size(0), shape.log_columns()});
+  check("q", q, ScalarType::Float, {rows.count, shape.width()});
+  check("log", log, ScalarType::Float, {rows.count, shape.log_columns()});
   require(bias.is_contiguous() && q.is_contiguous() && log.is_contiguous(), "activate: bias, q and log must be contiguous");
   const deltamem::ActivateArgs args = {rows.data, rows.stride, rows.dtype, data<float>(bias), rows.count,
                                        static_cast<float*>(q.data_ptr()), static_cast<float*>(log.data_ptr()),

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
-#include <string>
 
 #include "../cpu/plan.h"
 #include "cpu_checks.h"
@@ -177,8 +176,8 @@ inline void run_layer(Step& step, const LayerConstants& own, const LayerRows& la
   deltamem::CorrectionArgs correction = {};
   if (own.matrix != nullptr) {
     const Rows rows = layer.projected ? rows_of("rows", layer.rows) : source;
-    const int64_t room = rows.columns - (layer.projected ? 0 : step.shape.projected_columns()) - own.first;
-    correction = correction_args(own, rows, room, step.tokens, step.args.reads, step.shape.width());
+    const int64_t columns = rows.columns - (layer.projected ? 0 : step.shape.projected_columns()) - own.first;
+    correction = correction_args(own, rows, columns, step.tokens, step.args.reads, step.shape.width());
   }
   float* room = workspace(deltamem::workspace_floats(step.shape, plan, step.tokens));
   deltamem::kernels().page_scan(step.shape, step.args, plan, in_parallel, room);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "delta_rule.h"
+#include "fetch.h"
 #include "half.h"
 
 namespace deltamem {
@@ -41,10 +42,6 @@ inline void correct_rest(int64_t r, int64_t columns, const float* reads, const E
   for (int64_t c = 0; c < columns; c++) whole[c] = row[c];
   correct_tile<D, 0, 1>(r, reads, matrix, whole, 0);
   for (int64_t c = 0; c < columns; c++) row[c] = whole[c];
-}
-
-inline void fetch(const void* first, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(first) + i);
 }
 
 inline bool all_zero(int64_t n, const float* x) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "fetch.h"
+
 namespace deltamem {
 namespace {
 
@@ -20,11 +22,6 @@ bool all_written(const BatchArgs& batch, const Request& request, int64_t block_s
 
 // Floats of pages that are asked for ahead: more lines would push each other out of the first-level cache.
 constexpr int64_t kFetched = 8192;
-
-void fetch(const float* first, int64_t floats) {
-  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(first + i);
-  __builtin_prefetch(first + floats - 1);  // it need not begin where a line does
-}
 
 // The requests with tokens and a memory, and the rows of none of them.
 void find_requests(const BatchArgs& batch, int64_t block_size, Planned& planned) {
@@ -105,8 +102,8 @@ void fetch_pages(const Shape& shape, const Pages& pages, const Plan& plan) {
   for (int64_t i = 0; i < requests; i++) {
     const Request& request = plan.requests[i];
     if (request.replayed)
-      if (const float* kept = pages.running(request.behind, shape, 0)) fetch(kept, running);
-    fetch(pages.log(request.first, shape, request.position % pages.block_size), shape.log_columns());
+      if (const float* kept = pages.running(request.behind, shape, 0)) fetch(kept, running * sizeof(float));
+    fetch(pages.log(request.first, shape, request.position % pages.block_size), shape.log_columns() * sizeof(float));
   }
 }
 
