@@ -7,11 +7,14 @@ import asyncio
 import contextvars
 import functools
 import importlib
+import inspect
 import re
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from deltamem_vllm.errors import ConfigError
 
@@ -249,14 +252,27 @@ def cache_quant_mode(vllm_config: Any) -> Any:
     return get_kv_quant_mode(vllm_config.cache_config.cache_dtype)
 
 
+def onednn_product(linear: Any) -> tuple[torch.Tensor, int] | None:
+    """What ``torch.ops._C.onednn_mm`` takes for an unquantised linear on a CPU, and how many columns it puts out; None
+    where vLLM computes this linear in another way.
+
+    vllm 0.32: a handler in the closure ``cpu_linear``, made once the weights are loaded; until a linear can be asked.
+    """
+    from vllm._custom_ops import CPUDNNLGEMMHandler
+
+    call = getattr(linear, "cpu_linear", None)
+    for found in inspect.getclosurevars(call).nonlocals.values() if inspect.isfunction(call) else ():
+        if isinstance(found, CPUDNNLGEMMHandler) and found.handler_tensor is not None:
+            return found.handler_tensor, found.n
+    return None
+
+
 def require_hooks() -> None:
     """Refuse a vLLM that lacks a hook we stand on, before it fails in the middle of a request.
 
     Raises:
         ConfigError: names the missing hook.
     """
-    import inspect
-
     from vllm import __version__ as version
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
     from vllm.v1.kv_cache_interface import FullAttentionSpec

@@ -1,24 +1,27 @@
 """What a layer's memory takes in a decode step on this CPU, called as a compiled model calls it and finding the caches
 as there: since the layer before it a layer's weights have gone through them.
 
-    python -m loadtests.decode [--repeats 60]
+    python -m loadtests.decode [--repeats 200]
 
-Qwen3-0.6B's shape, fp32, one thread: q, k, v and the memory's projection are one product, of which q is corrected.
+Qwen3-0.6B's shape, fp32, one thread. What takes turns is qkv_proj: vLLM's product alone; the same with the memory's
+projection, in a call that reads, writes and corrects q too; and both in a call each. The figures are differences.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from vllm import _custom_ops as vllm_ops
 
 from deltamem_vllm.ops.dispatch import select
 from deltamem_vllm.ops.layout import MemoryShape
@@ -36,6 +39,22 @@ BLOCK, APART = 128, 2 * 128 * 8 * 128
 """Tokens of a page, and floats from one page to the next: those of the layer's keys and values."""
 CONTEXT = 64
 TOLERANCE = 1e-4
+CUT = 0.2
+"""Share of the largest and of the smallest differences that are left out: pauses of the machine."""
+
+
+class Weight:
+    """A linear as vLLM packs it for oneDNN; called as Inductor calls it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.columns, self._handler = len(weight), vllm_ops.create_onednn_mm(weight.t(), 32)
+        self.handler: Any = self._handler.handler_tensor
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[T, columns]."""
+        out = torch.empty(len(hidden), self.columns)
+        torch.ops._C.onednn_mm.default(out, hidden, None, self.handler)
+        return out
 
 
 class Model:
@@ -45,10 +64,12 @@ class Model:
     def __init__(self, native: NativeOps, shape: MemoryShape, requests: int, most: int) -> None:
         torch.manual_seed(0)
         self.native, self.shape, self.requests = native, shape, requests
-        self.others = [torch.randn(OTHERS, HIDDEN) / 32 for _ in range(2)]
-        self.qkv = [torch.randn(QKV + shape.projected_columns, HIDDEN) / 32 for _ in range(LAYERS)]
-        each = -(-(CONTEXT + most) // BLOCK)
-        blocks = each * requests + 1
+        weights = [torch.randn(QKV + shape.projected_columns, HIDDEN) / 32 for _ in range(LAYERS)]
+        self.others = [Weight(torch.randn(OTHERS, HIDDEN) / 32) for _ in range(2)]
+        self.qkv = [Weight(each) for each in weights]
+        self.plain = [Weight(each[:QKV].contiguous()) for each in weights]
+        blocks_each = -(-(CONTEXT + most) // BLOCK)
+        blocks = blocks_each * requests + 1
         self.pages = [torch.zeros(blocks, APART)[:, : 2 * shape.page_floats(BLOCK)] for _ in range(LAYERS)]
         self.matrices = [torch.randn(shape.width, Q) / 10 for _ in range(LAYERS)]
         biases = [torch.full((shape.bias_columns,), -2.5) for _ in range(LAYERS)]
@@ -56,72 +77,98 @@ class Model:
         self.book, self.table = Book.of(self.pages, BLOCK), LayerTable.of(shape, constants)
         self.limits = torch.full((blocks,), WRITE_ALL, dtype=torch.int32)
         self.unwritten = torch.zeros((blocks, mask_words(BLOCK)), dtype=torch.int32)
-        self.blocks = (1 + torch.randperm(each * requests, dtype=torch.int32)).view(requests, each)
+        self.blocks = (1 + torch.randperm(blocks_each * requests, dtype=torch.int32)).view(requests, blocks_each)
         self.tokens = 0
-        self.run(CONTEXT)
+        self.step(self.together, CONTEXT)
 
-    def batch(self, new: int) -> Batch:
-        """So many further tokens of each request."""
+    def hidden(self, tokens: int) -> Tensor:
+        """A layer's input."""
+        return torch.randn(tokens, HIDDEN)
+
+    def reads(self, tokens: int) -> Tensor:
+        """Room for what is read."""
+        return torch.empty(tokens, self.shape.width)
+
+    def alone(self, layer: int, hidden: Tensor) -> None:
+        """qkv_proj of a model without memory."""
+        self.plain[layer](hidden)
+
+    def together(self, layer: int, hidden: Tensor) -> LayerRows:
+        """qkv_proj and the memory in one call."""
+        weight = self.qkv[layer]
+        rows, reads = torch.empty(len(hidden), weight.columns), self.reads(len(hidden))
+        torch.ops.deltamem_native.project_next.default(rows, reads, hidden, None, weight.handler, layer)
+        return LayerRows(rows, None, reads)
+
+    def apart(self, layer: int, hidden: Tensor) -> LayerRows:
+        """qkv_proj, and then the memory."""
+        rows, reads = self.qkv[layer](hidden), self.reads(len(hidden))
+        torch.ops.deltamem_native.scan_next.default(rows, None, reads, layer)
+        return LayerRows(rows, None, reads)
+
+    def begin(self, new: int) -> Batch:
+        """Run the first layer of a step, which looks up what all of them share."""
         starts = torch.arange(self.requests + 1, dtype=torch.int32) * new
         lengths = torch.full((self.requests,), self.tokens + new, dtype=torch.int32)
-        return Batch(self.blocks, starts, lengths, self.limits, self.unwritten, BLOCK, self.requests)
+        batch = Batch(self.blocks, starts, lengths, self.limits, self.unwritten, BLOCK, self.requests)
+        rows = LayerRows(self.qkv[0](self.hidden(new * self.requests)), None, self.reads(new * self.requests))
+        self.native.scan_first(self.shape, rows, self.table, self.book, batch)
+        self.tokens += new
+        return batch
 
-    def rows(self, layer: int, tokens: int) -> LayerRows:
-        """What the layer's linear puts out for random inputs."""
-        out = F.linear(torch.randn(tokens, HIDDEN), self.qkv[layer])
-        return LayerRows(out, None, torch.full((tokens, self.shape.width), float("nan")))
-
-    def call(self, layer: int, rows: LayerRows, batch: Batch | None) -> float:
-        """A layer's memory; its seconds. batch: of the first layer; None: no request has a memory."""
-        out, _, reads = rows
-        begun = time.perf_counter()
-        if layer:  # as Inductor writes it
-            torch.ops.deltamem_native.scan_next.default(out, None, reads, layer)
-        elif batch is None:
-            self.native.scan_nothing(LAYERS)
-        else:
-            self.native.scan_first(self.shape, rows, self.table, self.book, batch)
-        return time.perf_counter() - begun
-
-    def run(self, new: int = 1, idle: bool = False, between: bool = False) -> list[float]:
-        """One step; seconds of each layer but the first, which looks up what all of them share.
-
-        Args:
-            idle: no request has a memory.
-            between: a layer's weights go through the caches before each call, else nothing does.
-        """
-        batch = None if idle else self.batch(new)
-        known = [] if between else [self.rows(layer, new * self.requests) for layer in range(LAYERS)]
+    def step(self, call: Callable[[int, Tensor], Any], new: int = 1) -> list[float]:
+        """One step in which a layer's weights go through the caches before each call; seconds of each layer but the
+        first."""
+        self.begin(new)
         took = []
-        for layer in range(LAYERS):
-            if between:
-                F.linear(torch.randn(self.requests, HIDDEN), self.others[layer % 2])
-            rows = self.rows(layer, new * self.requests) if between else known[layer]
-            took.append(self.call(layer, rows, batch))
-        self.tokens += 0 if idle else new
-        return took[1:]
+        for layer in range(1, LAYERS):
+            hidden = self.hidden(new * self.requests)
+            self.others[layer % 2](hidden)
+            begun = time.perf_counter()
+            call(layer, hidden)
+            took.append(time.perf_counter() - begun)
+        return took
 
-    def check(self) -> float:
-        """Largest difference of a step's corrected rows to what the plain operators and a product make of them."""
-        pages: list[Tensor] = [each.clone() for each in self.pages]
-        batch, worst = self.batch(1), 0.0
-        for layer in range(LAYERS):
-            rows = self.rows(layer, self.requests)
-            expected, reads = rows.rows.clone(), torch.empty_like(rows.reads)
+    def warm(self) -> list[float]:
+        """One step whose layers follow each other at once; seconds of each layer's memory but the first's."""
+        weights = range(1, LAYERS)
+        known = [LayerRows(self.qkv[n](self.hidden(self.requests)), None, self.reads(self.requests)) for n in weights]
+        self.begin(1)
+        took = []
+        for layer, (rows, _, reads) in enumerate(known, 1):
+            begun = time.perf_counter()
+            torch.ops.deltamem_native.scan_next.default(rows, None, reads, layer)
+            took.append(time.perf_counter() - begun)
+        return took
+
+    def check(self, call: Callable[[int, Tensor], LayerRows]) -> float:
+        """Largest difference of a step's rows to what the product, the plain operators and another product make."""
+        pages = [each.clone() for each in self.pages]
+        batch, worst = self.begin(1), 0.0
+        for layer in range(1, LAYERS):
+            hidden = self.hidden(self.requests)
+            expected, reads = self.qkv[layer](hidden), self.reads(self.requests)
             projected, bias = expected[:, QKV:], self.table.layers[layer].bias
             self.native.page_scan(self.shape, projected, bias, pages[layer], batch, reads)
             expected[:, :Q] = (expected[:, :Q].double() + reads.double() @ self.matrices[layer].double()).float()
-            self.call(layer, rows, batch)
-            difference = (rows.rows - expected).abs().max()
-            worst = max(worst, float(difference) if bool(difference.isfinite()) else float("inf"))
-        self.tokens += 1
+            difference = (call(layer, hidden).rows - expected).abs()
+            worst = max(worst, float(difference.max()) if bool(difference.isfinite().all()) else float("inf"))
         return worst
 
 
+def added(times: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """The mean of differences in µs, without the `CUT` largest and smallest, and its standard error."""
+    differences = sorted((one - other) * 1e6 for one, other in zip(times, base, strict=True))
+    cut = int(CUT * len(differences))
+    kept = differences[cut : len(differences) - cut]
+    return statistics.fmean(kept), statistics.stdev(kept) / math.sqrt(len(kept))
+
+
 @torch.inference_mode()  # as the engine calls the operators
-def measure(repeats: int = 60, batches: Sequence[int] = BATCHES) -> list[dict[str, Any]]:
-    """Medians, of steps that take turns. A row per batch: requests; and µs of a layer between a model's weights, of the
-    same call where no request has a memory, and of a layer right behind the one before.
+def measure(repeats: int = 200, batches: Sequence[int] = BATCHES) -> list[dict[str, Any]]:
+    """What takes turns step by step, in changing order. A row per batch: requests; µs of the plain product; µs that the
+    memory adds to it in one call with it, and in one of its own, with standard errors; and µs of its call right behind
+    the layer before.
 
     Raises:
         SystemExit: an answer is wrong: nothing is measured.
@@ -131,29 +178,31 @@ def measure(repeats: int = 60, batches: Sequence[int] = BATCHES) -> list[dict[st
     shape = MemoryShape(
         rank=8, heads=1, rankwise_gates=True, couple_lambda=True, update_mode="standard", normalize_qk=True
     )
-    arms: dict[str, dict[str, bool]] = {
-        "µs": {"between": True},
-        "no memory, µs": {"between": True, "idle": True},
-        "caches full, µs": {},
-    }
     rows = []
     with running("", 1):
         for requests in batches:
-            model = Model(native, shape, requests, 2 * repeats + 1)
-            if not (worst := model.check()) <= TOLERANCE:
+            model = Model(native, shape, requests, 4 * repeats + 2)
+            if not (worst := max(model.check(model.together), model.check(model.apart))) <= TOLERANCE:
                 raise SystemExit(f"a layer's rows differ by {worst:.1e} from what they should be: nothing is measured")
+            arms = {"alone": model.alone, "together": model.together, "apart": model.apart}
+            order, warm = [*arms], list[float]()
             times: dict[str, list[float]] = {arm: [] for arm in arms}
             for _ in range(repeats):
-                for arm, how in arms.items():
-                    times[arm] += model.run(**how)
-            rows.append({"requests": requests, **{arm: statistics.median(times[arm]) * 1e6 for arm in arms}})
+                random.shuffle(order)
+                for arm in order:
+                    times[arm] += model.step(arms[arm])
+                warm += model.warm()
+            row: dict[str, Any] = {"requests": requests, "product, µs": statistics.median(times["alone"]) * 1e6}
+            for arm, name in (("together", "added, µs"), ("apart", "added by a call of its own, µs")):
+                row[name], row[f"{name} ±"] = added(times[arm], times["alone"])
+            rows.append({**row, "caches full, µs": statistics.median(warm) * 1e6})
     return rows
 
 
 def main() -> None:
     """Check, then measure, then print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=200)
     rows = measure(parser.parse_args().repeats)
     table = Table(*rows[0])
     for row in rows:

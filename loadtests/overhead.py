@@ -124,15 +124,19 @@ def run(
         "enforce_eager": eager,
     }  # fmt: skip
 
-    def once(names: Sequence[str], size: Size, lengths: Sequence[int]) -> list[dict[str, Any]]:
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            known = setups(Path(folder), size, options)
+    def once(folder: Path, names: Sequence[str], size: Size, lengths: Sequence[int]) -> list[dict[str, Any]]:
+        with contextlib.ExitStack() as stack:
+            known = setups(folder, size, options)
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
             return measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
 
     lengths = [prompts, ()] if batches else [prompts]
-    close = mean([once(CLOSE, QWEN3_0_6B.share(layers), lengths[i % len(lengths)]) for i in range(starts)])
-    far = once(FAR, QWEN3_0_6B.share(min(layers, FEW_LAYERS)), ()) if batches else []
+    # The same files for all starts: what vLLM has compiled for one of them the next one finds.
+    with tempfile.TemporaryDirectory() as files:
+        size = QWEN3_0_6B.share(layers)
+        close = mean([once(Path(files, "close"), CLOSE, size, lengths[i % len(lengths)]) for i in range(starts)])
+        few = QWEN3_0_6B.share(min(layers, FEW_LAYERS))
+        far = once(Path(files, "far"), FAR, few, ()) if batches else []
     return close + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
 
 

@@ -6,8 +6,10 @@
 // The step belongs to the thread that runs it. It ends with its last layer, and the first layer of the next one replaces
 // whatever a step that failed has left; a layer out of its turn is refused.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -76,23 +78,50 @@ void scan_nothing(int64_t layers) {
   current.done();
 }
 
-void scan_next(const Tensor& rows, const std::optional<Tensor>& projected, const Tensor& reads, int64_t layer) {
+// Throws unless it is this layer's turn.
+CurrentStep& step_at(int64_t layer) {
   CurrentStep& step = current;
-  require(layer > 0 && layer == step.next, "scan_next: layer ", layer, ", but it is the turn of layer ", step.next,
-          " of ", step.layers, ": a layer was left out, or run twice");
+  require(layer > 0 && layer == step.next, "layer ", layer, ", but it is the turn of layer ", step.next, " of ", step.layers,
+          ": a layer was left out, or run twice");
+  return step;
+}
+
+void run_next(CurrentStep& step, const LayerRows& layer) {
   if (step.idle) {
-    check("reads", reads, ScalarType::Float, {-1, -1});
-    require(reads.is_contiguous(), "scan_next: reads must be contiguous");
-    memset(reads.data_ptr(), 0, reads.size(0) * reads.size(1) * sizeof(float));
-    return step.done();
+    check("reads", layer.reads, ScalarType::Float, {-1, -1});
+    require(layer.reads.is_contiguous(), "reads must be contiguous");
+    memset(layer.reads.data_ptr(), 0, layer.reads.size(0) * layer.reads.size(1) * sizeof(float));
+  } else {
+    step.args.pages.data = reinterpret_cast<float*>(step.addresses[step.next]);
+    run_layer(step, step.constants[step.next], layer);
   }
-  step.args.pages.data = reinterpret_cast<float*>(step.addresses[layer]);
-  run_layer(step, step.constants[layer], {rows, projected, reads});
   step.done();
 }
 
-// Under tracing: rows are corrected in place, reads have their shape already.
+void scan_next(const Tensor& rows, const std::optional<Tensor>& projected, const Tensor& reads, int64_t layer) {
+  run_next(step_at(layer), {rows, projected, reads});
+}
+
+// vLLM's product, which is asked for by name: torch's stable ABI knows no other way.
+void multiply(const Tensor& out, const Tensor& input, const std::optional<Tensor>& bias, const Tensor& handler) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack = {from(out), from(input), from(bias), from(handler)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("_C::onednn_mm", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+void project_next(const Tensor& rows, const Tensor& reads, const Tensor& input, const std::optional<Tensor>& bias,
+                  const Tensor& handler, int64_t layer) {
+  CurrentStep& step = step_at(layer);
+  require(rows.dim() == 2 && rows.is_contiguous() && input.dim() == 2 && rows.size(0) == input.size(0),
+          "rows: expected one of each input, contiguous; got ", rows.dim(), " dimensions, ", rows.size(0),
+          " rows; of the input ", input.dim(), " and ", input.size(0));
+  multiply(rows, input, bias, handler);
+  run_next(step, {rows, {}, reads});
+}
+
+// Under tracing: rows are corrected or written in place, reads have their shape already.
 void nothing(const Tensor&, const std::optional<Tensor>&, const Tensor&, int64_t) {}
+void nothing_projected(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, int64_t) {}
 
 }  // namespace
 
@@ -108,15 +137,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(deltamem_native, m) {
       "Tensor unwritten, int block_size, int num_reqs, int shape) -> ()");
   m.def("scan_nothing(int layers) -> ()");
   m.def("scan_next(Tensor(a!) rows, Tensor? projected, Tensor(b!) reads, int layer) -> ()");
+  // vLLM's product for what qkv_proj puts out (`_C::onednn_mm`), and the layer that follows it: one call instead of two.
+  // handler: of a product of as many columns as rows have.
+  m.def("project_next(Tensor(a!) rows, Tensor(b!) reads, Tensor input, Tensor? bias, Tensor handler, int layer) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CPU, m) {
   m.impl("layer_entry", TORCH_BOX(&layer_entry));
   m.impl("scan_first", TORCH_BOX(&scan_first));
   m.impl("scan_next", TORCH_BOX(&scan_next));
+  m.impl("project_next", TORCH_BOX(&project_next));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(deltamem_native, Meta, m) { m.impl("scan_next", TORCH_BOX(&nothing)); }
+STABLE_TORCH_LIBRARY_IMPL(deltamem_native, Meta, m) {
+  m.impl("scan_next", TORCH_BOX(&nothing));
+  m.impl("project_next", TORCH_BOX(&nothing_projected));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CompositeExplicitAutograd, m) {
   m.impl("scan_nothing", TORCH_BOX(&scan_nothing));

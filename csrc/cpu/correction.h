@@ -13,26 +13,40 @@
 namespace deltamem {
 namespace {
 
-constexpr int kParts = kMatrixTile / kLanes;        // registers of one row of a tile
-constexpr int kTogether = kLanes / 4;               // rows at a time: their sums and one part of the matrix fit the registers
-constexpr int64_t kChunk = 16;                      // rows that go through all tiles together
-constexpr int64_t kAhead = 2;                       // tiles whose lines are asked for before they are needed
-static_assert(kChunk % kTogether == 0 && kMatrixTile % kLanes == 0, "whole groups and whole registers");
+constexpr int kParts = 2;      // registers of a row's columns that are summed at a time
+constexpr int kTogether = 4;   // rows at a time: their sums and one part of the matrix fit the registers
+constexpr int64_t kChunk = 16; // rows that go through all tiles together
+constexpr int64_t kAhead = 2;  // tiles whose lines are asked for before they are needed
+static_assert(kChunk % kTogether == 0 && kMatrixTile % (kParts * kLanes) == 0, "whole groups and whole registers");
 
-// One tile's columns of ROWS rows. R: the reads of a token where the compiler knows them, else 0.
+// Some of a tile's columns of ROWS rows. R: the reads of a token where the compiler knows them, else 0.
 template <Dtype D, int R, int ROWS>
-inline void correct_tile(int64_t width, const float* reads, const Element<D>* matrix, Element<D>* rows, int64_t stride) {
+inline void correct_columns(int64_t width, const float* reads, const Element<D>* matrix, Element<D>* rows, int64_t stride) {
   const int64_t r = R ? R : width;
   Vec<kLanes> sums[ROWS][kParts];
+#pragma GCC unroll 4
   for (int t = 0; t < ROWS; t++)
+#pragma GCC unroll 2
     for (int p = 0; p < kParts; p++) sums[t][p] = widened<D>(rows + t * stride + p * kLanes);
-  for (int64_t j = 0; j < r; j++)
-    for (int p = 0; p < kParts; p++) {
-      const Vec<kLanes> part = widened<D>(matrix + j * kMatrixTile + p * kLanes);
-      for (int t = 0; t < ROWS; t++) sums[t][p] = fused<kLanes>(spread<kLanes>(reads[t * r + j]), part, sums[t][p]);
-    }
+  for (int64_t j = 0; j < r; j++) {
+    Vec<kLanes> parts[kParts];
+#pragma GCC unroll 2
+    for (int p = 0; p < kParts; p++) parts[p] = widened<D>(matrix + j * kMatrixTile + p * kLanes);
+#pragma GCC unroll 4
+    for (int t = 0; t < ROWS; t++)
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; p++) sums[t][p] = fused<kLanes>(spread<kLanes>(reads[t * r + j]), parts[p], sums[t][p]);
+  }
+#pragma GCC unroll 4
   for (int t = 0; t < ROWS; t++)
+#pragma GCC unroll 2
     for (int p = 0; p < kParts; p++) narrow<D>(sums[t][p], rows + t * stride + p * kLanes);
+}
+
+// One tile's columns.
+template <Dtype D, int R, int ROWS>
+inline void correct_tile(int64_t width, const float* reads, const Element<D>* matrix, Element<D>* rows, int64_t stride) {
+  for (int c = 0; c < kMatrixTile; c += kParts * kLanes) correct_columns<D, R, ROWS>(width, reads, matrix + c, rows + c, stride);
 }
 
 // The columns of a last tile that is not full; the same operations, lane by lane.

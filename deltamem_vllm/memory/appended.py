@@ -1,7 +1,9 @@
 """The memory's projection as more rows of a linear that reads the same input: one matrix product instead of two.
 
 A product with 4·r more rows costs what its bytes cost; one of its own costs a launch, which is more than that in every
-decode step. Only where the linear is vLLM's plain one: quantised methods pack their weights in their own way, and a
+decode step. On a CPU the layers behind the first go further: product and memory are one call.
+
+Only where the linear is vLLM's plain one: quantised methods pack their weights in their own way, and a
 wrapped linear (LoRA) has no weight of its own to append to.
 """
 
@@ -11,6 +13,10 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from deltamem_vllm import compat
+from deltamem_vllm.memory.layer import MemoryLayer
+from deltamem_vllm.ops.native import Product
+
 
 def can_append(linear: Any) -> bool:
     """Whether `append_rows` fits: an unquantised linear whose output is not gathered from other ranks."""
@@ -19,22 +25,27 @@ def can_append(linear: Any) -> bool:
     )
 
 
-def append_rows(linear: Any, rows: torch.Tensor) -> None:
-    """Have a linear put out ``len(rows)`` more columns, behind its own, once its weights are loaded.
+def append_rows(linear: Any, memory: MemoryLayer) -> None:
+    """Have a linear put out the memory's projection behind its own columns, once its weights are loaded, and the memory
+    read it there.
 
     Args:
         linear: `can_append`; [N, D] weights that have not been processed yet.
-        rows: [C, D], kept in the linear's dtype; the same on every tensor-parallel rank.
+        memory: its projection [C, D] is kept in the linear's dtype, the same on every tensor-parallel rank.
     """
-    linear.quant_method = AppendedLinearMethod(rows)
+    assert memory.projection is not None
+    linear.quant_method = AppendedLinearMethod(memory.projection, memory)
+    memory.projection = None
 
 
 class AppendedLinearMethod(UnquantizedLinearMethod):
-    """vLLM's plain linear method, with rows added between loading and packing."""
+    """vLLM's plain linear method, with rows added between loading and packing, and a memory behind the product."""
 
-    def __init__(self, rows: torch.Tensor) -> None:
+    def __init__(self, rows: torch.Tensor, memory: MemoryLayer) -> None:
         super().__init__()
         self._rows: torch.Tensor | None = rows
+        self._memory = memory
+        self._product: Product | None = None
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Append, then do what the plain method does. A second call appends nothing."""
@@ -46,3 +57,13 @@ class AppendedLinearMethod(UnquantizedLinearMethod):
                 layer.bias = nn.Parameter(torch.cat([layer.bias.data, more]), requires_grad=False)  # type: ignore[list-item]
             self._rows = None
         super().process_weights_after_loading(layer)
+        found = compat.onednn_product(layer)
+        self._product = None if found is None else Product(*found)
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., N + C] of [..., D], read by the memory, and corrected where that is done in place."""
+        if self._product is not None and self._memory.pages.follows:
+            return self._memory.read_product(self._product, x, bias)
+        out = super().apply(layer, x, bias)
+        self._memory.read(out.reshape(-1, out.shape[-1]))
+        return out

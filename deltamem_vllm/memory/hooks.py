@@ -64,9 +64,7 @@ def attach(module: Any, memory: MemoryLayer, sizes: tuple[int, int]) -> bool:
     widths: dict[Head, int] = {"q": sizes[0], "k": sizes[1], "v": sizes[1]}
     appended = can_append(module.qkv_proj)
     if appended:
-        assert memory.projection is not None
-        append_rows(module.qkv_proj, memory.projection)
-        memory.projection = None
+        append_rows(module.qkv_proj, memory)
     if memory.pages.chain is not None:
         memory.correct_in_rows(widths)
         hand_on = _columns(sum(widths.values()), type(module).__name__ in ONLY_SPLIT)
@@ -80,7 +78,8 @@ def _after_qkv(memory: MemoryLayer, appended: bool, hand_on: Callable[[torch.Ten
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         value, *rest = output if isinstance(output, tuple) else (output,)
         rows = value.reshape(-1, value.shape[-1])
-        memory.read(rows, None if appended else memory.project(args[0]))
+        if not appended:
+            memory.read(rows, memory.project(args[0]))
         result = hand_on(rows)
         if isinstance(result, torch.Tensor):
             result = result.view(*value.shape[:-1], result.shape[-1])

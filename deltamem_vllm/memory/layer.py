@@ -18,8 +18,8 @@ from deltamem_vllm.adapter.config import Head
 from deltamem_vllm.adapter.weights import LayerWeights
 from deltamem_vllm.memory.correct import correct
 from deltamem_vllm.memory.pages import StatePages
-from deltamem_vllm.memory.scan import scan, scan_rows
-from deltamem_vllm.ops.native import LayerConstants, LayerRows, tiled
+from deltamem_vllm.memory.scan import scan, scan_product, scan_rows
+from deltamem_vllm.ops.native import LayerConstants, LayerRows, Product, tiled
 
 
 class MemoryLayer(nn.Module):
@@ -96,12 +96,28 @@ class MemoryLayer(nn.Module):
             rows, projected: as `LayerRows` has them; corrected if `correct_in_rows` was called.
         """
         source = rows if projected is None else projected
-        reads = torch.empty((source.shape[0], self.width), dtype=torch.float32, device=source.device)
+        reads = self._room(source)
         if self.pages.chain is not None:
             scan_rows(self.pages, LayerRows(rows, projected, reads))
         else:
             scan(self.pages, source[:, -self.pages.shape.projected_columns :], self.bias, reads)
         self._reads = reads
+
+    def read_product(self, product: Product, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What a linear puts out [..., N + C] for hidden [..., D], once `read` has run over it: both in one call.
+
+        Args:
+            product, bias: the linear's.
+        """
+        inputs = hidden.reshape(-1, hidden.shape[-1])
+        rows, reads = inputs.new_empty((inputs.shape[0], product.columns)), self._room(inputs)
+        scan_product(self.pages, LayerRows(rows, None, reads), inputs, bias, product)
+        self._reads = reads
+        return rows.view(*hidden.shape[:-1], product.columns)
+
+    def _room(self, tokens: torch.Tensor) -> torch.Tensor:
+        """For what is read at so many tokens [T, …]."""
+        return torch.empty((tokens.shape[0], self.width), dtype=torch.float32, device=tokens.device)
 
     def read_once(self, hidden: torch.Tensor) -> None:
         """Project the input [..., D] of q, k and v, which are made apart, and read, unless one of them has done so."""

@@ -152,6 +152,11 @@ class StatePages(nn.Module, AttentionLayerBase):
             raise ConfigError(f"layer {prefix} is already registered: the model was wrapped twice")
         layers[prefix] = self
 
+    @property
+    def follows(self) -> bool:
+        """Whether the layer goes on from another one of its chain."""
+        return self.place > 0
+
     def _floats_per_token(self, block_size: int) -> int:
         return self.shape.floats_per_token(min(block_size, SMALLEST_KERNEL_BLOCK))
 

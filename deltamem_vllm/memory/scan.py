@@ -4,7 +4,8 @@
 layer's pages in vLLM's forward context, so the compiled graph holds nothing that changes between steps.
 
 Where layers form a chain (`deltamem_vllm.memory.chain`) the first one's operator is ``deltamem::scan_rows``, and the
-others' is ``deltamem_native::scan_next``, which goes on from there. Both correct q, k and v too, in place, in the rows
+others' is ``deltamem_native::scan_next``, which goes on from there, or ``project_next``, which makes the rows too, by
+vLLM's own product: an operator less to be called. All correct q, k and v too, in place, in the rows
 that qkv_proj put out. What of a layer is the same in every step, its bias and that correction's matrix, they are told
 of once and not in each call: between two layers a model's weights go through the caches, and whatever a call touches is
 fetched from memory again.
@@ -17,7 +18,7 @@ from vllm.forward_context import get_forward_context
 
 from deltamem_vllm.ops.dispatch import Preference, select
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.native import LayerRows, NativeOps
+from deltamem_vllm.ops.native import LayerRows, NativeOps, Product
 from deltamem_vllm.ops.paged import PagedOps
 
 OP = "deltamem::scan"
@@ -58,10 +59,21 @@ def scan_rows(pages: Any, layer: LayerRows) -> None:
     Args:
         pages: the layer's `StatePages`, which is in a chain.
     """
-    if pages.place:
+    if pages.follows:
         NativeOps.scan_next(layer, pages.place)
     else:
         torch.ops.deltamem.scan_rows(*layer, pages.prefix)
+
+
+def scan_product(
+    pages: Any, layer: LayerRows, hidden: torch.Tensor, bias: torch.Tensor | None, product: Product
+) -> None:
+    """`scan_rows`, and before it the linear that makes the rows, as one node of the graph.
+
+    Args:
+        pages: the layer's `StatePages`, which `follows` another one.
+    """
+    NativeOps.project_next(layer, hidden, bias, product, pages.place)
 
 
 def _nothing(*_: Any) -> None:

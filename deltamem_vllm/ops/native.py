@@ -91,6 +91,18 @@ class LayerRows(NamedTuple):
     reads: Tensor
 
 
+class Product(NamedTuple):
+    """A linear's weight as vLLM has packed it for oneDNN. It goes with the linear, which whoever has one keeps.
+
+    Attributes:
+        handler: [] int64, of vLLM.
+        columns: that the product puts out.
+    """
+
+    handler: Tensor
+    columns: int
+
+
 def tiled(matrix: Tensor) -> Tensor:
     """A correction's matrix [R, N] as [ceil(N / TILE), R, TILE]: columns that are used together lie beside each other.
     The last tile is filled up with zeros."""
@@ -160,6 +172,19 @@ class NativeOps:
             RuntimeError: it is not this layer's turn, or a tensor does not fit; nothing was changed.
         """
         torch.ops.deltamem_native.scan_next(*layer, place)
+
+    @staticmethod
+    def project_next(layer: LayerRows, hidden: Tensor, bias: Tensor | None, product: Product, place: int) -> None:
+        """The linear whose output a layer's rows are, and then `scan_next`: one call instead of two.
+
+        Args:
+            layer: rows [T, columns of the product], contiguous, out; nothing is projected apart.
+            hidden, bias: [T, D] and [columns], of the rows' dtype.
+
+        Raises:
+            RuntimeError: as of `scan_next`, or the product cannot be made; rows may have been written.
+        """
+        torch.ops.deltamem_native.project_next(layer.rows, layer.reads, hidden, bias, product.handler, place)
 
     def page_state(
         self,

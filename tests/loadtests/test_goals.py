@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,17 @@ def test_hooks_are_measured_on_a_real_session_service() -> None:
 def test_a_decode_step_is_measured() -> None:
     rows = decode.measure(repeats=2, batches=(1, 3))
     assert [row["requests"] for row in rows] == [1, 3]
-    assert all(value > 0 for row in rows for value in row.values())
+    for row in rows:
+        differences = [row.pop(name) for name in ("added, µs", "added by a call of its own, µs")]
+        assert all(math.isfinite(each) for each in differences)
+        assert all(value > 0 for value in row.values())
+
+
+def test_what_a_decode_step_adds_is_a_mean_without_pauses() -> None:
+    alone = [1e-3, 2e-3, 1e-3, 2e-3, 1e-3, 2e-3, 1e-3, 2e-3, 1e-3, 2e-3]
+    mean, error = decode.added([each + 5e-6 for each in alone[:8]] + [1.0, 0.0], alone)
+    assert mean == pytest.approx(5)
+    assert error == pytest.approx(0, abs=1e-6)
 
 
 def test_a_wrong_decode_step_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
