@@ -24,7 +24,7 @@ from torch import Tensor
 from vllm import _custom_ops as vllm_ops
 
 from deltamem_vllm.ops.dispatch import select
-from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.layout import RELEASED, MemoryShape
 from deltamem_vllm.ops.native import LayerConstants, LayerRows, LayerTable, NativeOps, tiled
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, mask_words
 from deltamem_vllm.ops.pooled import Book
@@ -175,13 +175,10 @@ def measure(repeats: int = 200, batches: Sequence[int] = BATCHES) -> list[dict[s
     """
     native = select("cpu", "native")
     assert isinstance(native, NativeOps)
-    shape = MemoryShape(
-        rank=8, heads=1, rankwise_gates=True, couple_lambda=True, update_mode="standard", normalize_qk=True
-    )
     rows = []
     with running("", 1):
         for requests in batches:
-            model = Model(native, shape, requests, 4 * repeats + 2)
+            model = Model(native, RELEASED, requests, 4 * repeats + 2)
             if not (worst := max(model.check(model.together), model.check(model.apart))) <= TOLERANCE:
                 raise SystemExit(f"a layer's rows differ by {worst:.1e} from what they should be: nothing is measured")
             arms = {"alone": model.alone, "together": model.together, "apart": model.apart}

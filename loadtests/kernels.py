@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from deltamem_vllm.ops import reference
 from deltamem_vllm.ops.dispatch import select
-from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.layout import RELEASED, MemoryShape
 from deltamem_vllm.ops.native import LayerConstants, LayerRows, LayerTable, NativeOps, tiled
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
 from deltamem_vllm.ops.pooled import Book
@@ -160,9 +161,7 @@ def measure(tokens: int = 2048, repeats: int = 7, threads: tuple[int, ...] = (1,
     torch.ops.deltamem_native.force_isa("")
     rows: list[dict[str, Any]] = []
     for rank, heads in ((8, 1), (8, 4), (16, 1)):
-        shape = MemoryShape(
-            rank=rank, heads=heads, rankwise_gates=True, couple_lambda=True, update_mode="standard", normalize_qk=True
-        )
+        shape = replace(RELEASED, rank=rank, heads=heads)
         case, naive = Case(shape, tokens), Case(shape, NAIVE_TOKENS)
         decodes = {n: Case(shape, 2 * BLOCK, n) for n in DECODES}
         layer = Layer(Case(shape, STEP))

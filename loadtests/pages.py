@@ -1,6 +1,7 @@
 """Pages of the CPU's kernels and a session pool over them, without an engine."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from deltamem_vllm.memory.pages import StatePages, WriteMasks
 from deltamem_vllm.ops.dispatch import select
-from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.layout import RELEASED
 from deltamem_vllm.ops.paged import WRITE_ALL
 from deltamem_vllm.sessions.pool import SessionPool
 from deltamem_vllm.sessions.slots import Place
@@ -20,9 +21,7 @@ BLOCK = 32
 def make_pool(shape: tuple[int, ...], slots: int, blocks: int) -> SessionPool:
     """A pool for states [layers, H, r, r], over ``blocks`` pages."""
     layers, heads, rank, _ = shape
-    memory = MemoryShape(
-        rank=rank, heads=heads, rankwise_gates=True, couple_lambda=True, update_mode="standard", normalize_qk=True
-    )
+    memory = replace(RELEASED, rank=rank, heads=heads)
     masks, kernels = WriteMasks(), select("cpu", "native")
     config: Any = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=BLOCK), compilation_config=SimpleNamespace(static_forward_context={})

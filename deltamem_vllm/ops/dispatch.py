@@ -10,11 +10,11 @@ import torch
 
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.ops.cuda import CUDA_LIBRARY, CudaOps
-from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.layout import RELEASED, MemoryShape
 from deltamem_vllm.ops.native import LIBRARY, NativeOps, find_library
 from deltamem_vllm.ops.paged import PagedOps
 from deltamem_vllm.ops.paged_torch import TorchOps
-from deltamem_vllm.ops.selfcheck import USUAL, why_not
+from deltamem_vllm.ops.selfcheck import why_not
 
 Preference = Literal["auto", "native", "triton", "torch"]
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def select(device: torch.device | str, prefer: Preference = "auto", shape: MemoryShape = USUAL) -> PagedOps:
+def select(device: torch.device | str, prefer: Preference = "auto", shape: MemoryShape = RELEASED) -> PagedOps:
     """The implementation for tensors on ``device``; logged once per (device, preference, shape).
 
     What runs on a GPU is first tried on it, against torch: what does not start there, does not serve the shape, or

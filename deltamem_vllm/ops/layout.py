@@ -118,3 +118,9 @@ class MemoryShape:
     def content_floats(self, block_size: int) -> int:
         """fp32 values of one page that are ever read or written; the rest is padding."""
         return self.state_floats + block_size * self.log_columns
+
+
+RELEASED = MemoryShape(
+    rank=8, heads=1, rankwise_gates=True, couple_lambda=True, update_mode="standard", normalize_qk=True
+)
+"""The released adapters': what is tried, and measured, where no other one is known."""

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.layout import RELEASED, MemoryShape
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
 from deltamem_vllm.ops.paged_torch import TorchOps
 
 #: Of the largest value, or of 1 where all are smaller.
 TOLERANCE = 1e-5
-#: What is tried where the adapter is not known: the released one's.
-USUAL = MemoryShape(rank=8, heads=1, rankwise_gates=True, couple_lambda=True, update_mode="standard", normalize_qk=True)
 #: Tokens of the first request: one launch, and a prefill long enough that it is cut into chunks.
 LENGTHS = (6, 200)
 _N = 4
 
 
-def why_not(ops: PagedOps, device: torch.device, shape: MemoryShape = USUAL) -> str | None:
+def why_not(ops: PagedOps, device: torch.device, shape: MemoryShape = RELEASED) -> str | None:
     """What speaks against an implementation on a device, or None.
 
     Two requests on pages of 4 tokens: a short or a long one, and one of 3 tokens that starts behind the page which the

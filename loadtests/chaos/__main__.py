@@ -17,16 +17,12 @@ from loadtests.__main__ import ROOT, machine
 from loadtests.chaos import replicas, soak, stores
 from loadtests.chaos.cluster import shown
 
-RESUME, RECOVERY = 2.0, 5.0
-"""Seconds: from a kill until another replica answers, beyond what an answer takes; from a store's return until
-everything is in it."""
-
 
 def _replicas(given: argparse.Namespace) -> tuple[Any, list[str]]:
     size = replicas.Size(**_given(given, replicas.Size))
     report = replicas.run(size)
-    most = f"at most {RESUME:g} s and the {report.undisturbed:.2f} s that an answer may take without one"
-    slow = [f"answered {wait:.2f} s after a kill: {most}" for wait in report.late(RESUME)]
+    most = f"at most {replicas.RESUME:g} s and the {report.undisturbed:.2f} s that an answer may take without one"
+    slow = [f"answered {wait:.2f} s after a kill: {most}" for wait in report.late(replicas.RESUME)]
     left = [] if report.resumed == size.sessions else [f"{size.sessions - report.resumed} sessions did not go on"]
     none = [] if report.waits else ["no session was written or leased at a kill: nothing is shown"]
     return report, [*shown(report.problems), *report.faults, *slow, *left, *none]
@@ -34,7 +30,8 @@ def _replicas(given: argparse.Namespace) -> tuple[Any, list[str]]:
 
 def _stores(given: argparse.Namespace) -> tuple[Any, list[str]]:
     report = stores.run(given.campaign, stores.Size(**_given(given, stores.Size)))
-    late = [] if report.saved is not None and report.saved <= RECOVERY else [f"not all was stored after {RECOVERY:g} s"]
+    soon = report.saved is not None and report.saved <= stores.RECOVERY
+    late = [] if soon else [f"not all was stored after {stores.RECOVERY:g} s"]
     left = [] if report.resumed == report.size.sessions else ["some sessions did not go on"]
     return report, [*shown(report.problems), *report.faults, *late, *left]
 

@@ -24,6 +24,8 @@ RECENT = 0.5
 """Seconds: a session that a server answered so recently may still be leased to it."""
 PROBES = 8
 """How many of those are asked for at a kill, at once, of another server."""
+RESUME = 2.0
+"""Seconds from a kill until another server answers, beyond what an answer takes: accepted."""
 AFTERMATH = 10.0
 """Seconds after a kill whose answers say nothing of how long one takes without: far more than what is accepted."""
 

@@ -26,6 +26,8 @@ from tests.pages import at, read
 from tests.store import services
 
 Fault = Literal["cut", "silent", "slow", "full"]
+RECOVERY = 5.0
+"""Seconds from a store's return until everything is in it: accepted."""
 WARM, LATENCY = 2, 0.1
 """Turns of each session before anything breaks; seconds by which a slow store delays whatever is sent."""
 

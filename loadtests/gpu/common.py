@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from deltamem_vllm.ops.cuda import CUDA_LIBRARY, CudaOps
-from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.layout import RELEASED
 from deltamem_vllm.ops.paged import PagedOps
 from deltamem_vllm.ops.paged_torch import TorchOps
 
 BLOCK = 16
 #: Qwen3-4B with the released adapter: one head of rank 8, corrections on q and o.
-SHAPE = MemoryShape(rank=8, heads=1, rankwise_gates=True, couple_lambda=True, update_mode="standard", normalize_qk=True)
+SHAPE = RELEASED
 
 
 @dataclass

@@ -12,11 +12,9 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from deltamem_vllm.memory.pages import PageBackend, StatePages, WriteMasks
 from deltamem_vllm.ops.cuda import CudaOps
 from deltamem_vllm.ops.dispatch import select
-from deltamem_vllm.ops.layout import MemoryShape
+from deltamem_vllm.ops.layout import RELEASED
 from deltamem_vllm.ops.native import NativeOps
 from deltamem_vllm.ops.paged_torch import TorchOps
-
-SHAPE = MemoryShape(rank=8, heads=1, rankwise_gates=True, couple_lambda=True, update_mode="standard", normalize_qk=True)
 
 
 def _config() -> Any:
@@ -29,7 +27,7 @@ def _support(kernels: list[Any]) -> AttentionCGSupport:
     config = _config()
     config.compilation_config.static_forward_context["layers.0.attn"] = torch.nn.Identity()
     for i, own in enumerate(kernels):
-        StatePages(f"layers.{i}.deltamem", i, SHAPE, own, WriteMasks(), config)
+        StatePages(f"layers.{i}.deltamem", i, RELEASED, own, WriteMasks(), config)
     return PageBackend.get_builder_cls().get_cudagraph_support(config, None)
 
 

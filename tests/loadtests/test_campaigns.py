@@ -26,9 +26,6 @@ from loadtests.slo.arms import MEMORY, Arm
 from tests.conftest import NIGHTLY
 from tests.store import services
 
-RESUME, RECOVERY = 2.0, 5.0
-"""Seconds: from a kill until another replica answers, beyond what an answer takes; from a store's return until
-everything is in it."""
 pytestmark = pytest.mark.timeout(3600 if NIGHTLY else 300)
 
 
@@ -97,7 +94,7 @@ def check_replicas(report: replicas.Report) -> None:
     assert report.resumed == size.sessions
     assert len(report.kills) >= 2
     assert report.waits, "no kill met anybody: it shows nothing"
-    assert report.late(RESUME) == []
+    assert report.late(replicas.RESUME) == []
 
 
 # --- faults planted into a store that serves ------------------------------------------------------------------------
@@ -170,9 +167,9 @@ def check_outage(report: stores.Report) -> None:
     assert report.lost == 0
     assert report.resumed == report.size.sessions
     assert report.saved is not None
-    assert report.saved <= RECOVERY
+    assert report.saved <= stores.RECOVERY
     assert report.committed is not None
-    assert report.committed <= RECOVERY
+    assert report.committed <= stores.RECOVERY
 
 
 def fail_store(pair: Pair, fault: stores.Fault, size: stores.Size) -> stores.Report:

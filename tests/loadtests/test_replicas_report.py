@@ -1,10 +1,9 @@
 """What a campaign says of the time from a kill to the next answer: how much of it is the machine's."""
 
 from loadtests.chaos.ledger import Told
-from loadtests.chaos.replicas import AFTERMATH, Kill, Report, Size, undisturbed
+from loadtests.chaos.replicas import AFTERMATH, RESUME, Kill, Report, Size, undisturbed
 
 KILL = 100.0
-RESUME = 2.0
 
 
 def told(sent: float, took: float) -> Told:
