@@ -38,6 +38,15 @@ def append_rows(linear: Any, memory: MemoryLayer) -> None:
     memory.projection = None
 
 
+def product_alone(linear: Any, x: torch.Tensor) -> Any:
+    """What a linear puts out by itself: past hooks, and past a memory that reads with it. The first of its columns are
+    its own."""
+    method = linear.quant_method if hasattr(linear, "quant_method") else None
+    if not isinstance(method, AppendedLinearMethod):
+        return linear.forward(x)
+    return method.product(linear, x, None if linear.skip_bias_add else linear.bias)
+
+
 class AppendedLinearMethod(UnquantizedLinearMethod):
     """vLLM's plain linear method, with rows added between loading and packing, and a memory behind the product."""
 
@@ -60,10 +69,14 @@ class AppendedLinearMethod(UnquantizedLinearMethod):
         found = compat.onednn_product(layer)
         self._product = None if found is None else Product(*found)
 
+    def product(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., N + C] of [..., D], which the memory does not see."""
+        return super().apply(layer, x, bias)
+
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[..., N + C] of [..., D], read by the memory, and corrected where that is done in place."""
         if self._product is not None and self._memory.pages.follows:
             return self._memory.read_product(self._product, x, bias)
-        out = super().apply(layer, x, bias)
+        out = self.product(layer, x, bias)
         self._memory.read(out.reshape(-1, out.shape[-1]))
         return out

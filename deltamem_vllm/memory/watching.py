@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deltamem_vllm.memory.appended import product_alone
 from deltamem_vllm.memory.pages import StatePages
 from deltamem_vllm.sessions.quality import Gates
 
@@ -40,7 +41,7 @@ class Attention:
         """Root mean square of |o| where attention looks at one token whose normalised hidden state is random.
 
         All tensor-parallel ranks must ask at the same time: the output projection adds up their parts. Calls the
-        projections' own ``forward``, past the hooks that add corrections.
+        projections past what the memory does with them.
         """
         memory = self.module.deltamem
         random = torch.Generator().manual_seed(0)  # the same on all ranks
@@ -51,7 +52,7 @@ class Attention:
             hidden = hidden * weight.to(hidden.dtype)
         q_size, kv_size = self.sizes
         if hasattr(self.module, "qkv_proj"):
-            values = _value(self.module.qkv_proj.forward(hidden))[..., q_size + kv_size : q_size + 2 * kv_size]
+            values = _value(product_alone(self.module.qkv_proj, hidden))[..., q_size + kv_size : q_size + 2 * kv_size]
         else:
             values = _value(self.module.v_proj.forward(hidden))
         heads = values.reshape(PROBES, -1, self.head_size).repeat_interleave(q_size // kv_size, dim=1)
