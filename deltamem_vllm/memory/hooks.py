@@ -1,6 +1,6 @@
 """Where in an attention module its memory works: hooks on the linears that make q, k, v and o.
 
-    after qkv_proj            reads, and corrects q, k and v
+    in or after qkv_proj      reads, and corrects q, k and v (in: `memory.appended`)
     around q, k and v_proj    the first to run reads; each is corrected
     after o_proj              corrects o
 
