@@ -124,19 +124,18 @@ def run(
         "enforce_eager": eager,
     }  # fmt: skip
 
-    def once(folder: Path, names: Sequence[str], size: Size, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    def once(known: dict[str, Setup], names: Sequence[str], size: Size, lengths: Sequence[int]) -> list[dict[str, Any]]:
         with contextlib.ExitStack() as stack:
-            known = setups(folder, size, options)
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
             return measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
 
     lengths = [prompts, ()] if batches else [prompts]
     # The same files for all starts: what vLLM has compiled for one of them the next one finds.
     with tempfile.TemporaryDirectory() as files:
-        size = QWEN3_0_6B.share(layers)
-        close = mean([once(Path(files, "close"), CLOSE, size, lengths[i % len(lengths)]) for i in range(starts)])
-        few = QWEN3_0_6B.share(min(layers, FEW_LAYERS))
-        far = once(Path(files, "far"), FAR, few, ()) if batches else []
+        size, few = QWEN3_0_6B.share(layers), QWEN3_0_6B.share(min(layers, FEW_LAYERS))
+        all_layers, few_layers = (setups(Path(files, f"{each.layers}"), each, options) for each in (size, few))
+        close = mean([once(all_layers, CLOSE, size, lengths[i % len(lengths)]) for i in range(starts)])
+        far = once(few_layers, FAR, few, ()) if batches else []
     return close + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
 
 

@@ -112,9 +112,10 @@ void multiply(const Tensor& out, const Tensor& input, const std::optional<Tensor
 void project_next(const Tensor& rows, const Tensor& reads, const Tensor& input, const std::optional<Tensor>& bias,
                   const Tensor& handler, int64_t layer) {
   CurrentStep& step = step_at(layer);
-  require(rows.dim() == 2 && rows.is_contiguous() && input.dim() == 2 && rows.size(0) == input.size(0),
-          "rows: expected one of each input, contiguous; got ", rows.dim(), " dimensions, ", rows.size(0),
-          " rows; of the input ", input.dim(), " and ", input.size(0));
+  const Rows out = rows_of("rows", rows), in = rows_of("input", input);
+  require(out.count == in.count && (out.count < 2 || out.stride == out.columns),
+          "rows: expected one of each input, contiguous; got ", out.count, " of ", out.columns, " columns, ", out.stride,
+          " apart, for ", in.count);
   multiply(rows, input, bias, handler);
   run_next(step, {rows, {}, reads});
 }

@@ -13,10 +13,10 @@
 namespace deltamem {
 namespace {
 
-constexpr int kParts = 2;      // registers of a row's columns that are summed at a time
-constexpr int kTogether = 4;   // rows at a time: their sums and one part of the matrix fit the registers
-constexpr int64_t kChunk = 16; // rows that go through all tiles together
-constexpr int64_t kAhead = 2;  // tiles whose lines are asked for before they are needed
+constexpr int kParts = 2;       // registers of a row's columns that are summed at a time
+constexpr int kTogether = 4;    // rows at a time: their sums and the matrix's parts fit the registers
+constexpr int64_t kChunk = 16;  // rows that go through all tiles together
+constexpr int64_t kAhead = 2;   // tiles whose lines are asked for before they are needed
 static_assert(kChunk % kTogether == 0 && kMatrixTile % (kParts * kLanes) == 0, "whole groups and whole registers");
 
 // Some of a tile's columns of ROWS rows. R: the reads of a token where the compiler knows them, else 0.

@@ -41,7 +41,7 @@ def append_rows(linear: Any, memory: MemoryLayer) -> None:
 def product_alone(linear: Any, x: torch.Tensor) -> Any:
     """What a linear puts out by itself: past hooks, and past a memory that reads with it. The first of its columns are
     its own."""
-    method = linear.quant_method if hasattr(linear, "quant_method") else None
+    method = getattr(linear, "quant_method", None)
     if not isinstance(method, AppendedLinearMethod):
         return linear.forward(x)
     return method.product(linear, x, None if linear.skip_bias_add else linear.bias)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,16 +12,13 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from deltamem_vllm.adapter.weights import LayerWeights
 from deltamem_vllm.memory.appended import AppendedLinearMethod, append_rows, can_append, product_alone
-from deltamem_vllm.memory.chain import Chain
 from deltamem_vllm.memory.layer import MemoryLayer
-from deltamem_vllm.memory.pages import StatePages, WriteMasks
-from deltamem_vllm.ops.dispatch import select
-from deltamem_vllm.ops.native import LayerRows, NativeOps
-from deltamem_vllm.ops.paged import Batch
-from tests.ops.paging import int32, make_shape, random_inputs, truth
+from deltamem_vllm.ops.native import LayerRows
+from tests.memory.worker import SHAPE, TOKENS, Worker
+from tests.ops.paging import random_inputs, truth
 from tests.tolerances import KERNEL_READS
 
-SHAPE, N, OWN, HIDDEN, TOKENS = make_shape(8), 16, 24, 40, 5
+OWN, HIDDEN = 24, 40
 COLUMNS = SHAPE.projected_columns
 
 
@@ -42,18 +38,12 @@ class Linear(nn.Module):
         return out
 
 
-class Worker:
-    """Two layers, the second of which has such a linear, in a step of one request."""
+class Appended(Worker):
+    """The second layer has such a linear."""
 
     def __init__(self, with_bias: bool = False) -> None:
+        super().__init__()
         torch.manual_seed(0)
-        kernels = select("cpu", "native")
-        assert isinstance(kernels, NativeOps)
-        self.chain, self.masks = Chain(kernels), WriteMasks()
-        config: Any = SimpleNamespace(
-            cache_config=SimpleNamespace(block_size=N), compilation_config=SimpleNamespace(static_forward_context={})
-        )
-        self.layers = [StatePages(f"{i}.deltamem", i, SHAPE, kernels, self.masks, config, self.chain) for i in range(2)]
         self.memories = [
             MemoryLayer(
                 LayerWeights(torch.randn(COLUMNS, HIDDEN) / 6, random_inputs(SHAPE, 1)[1], {}, {}, None, 1e-6),
@@ -62,7 +52,6 @@ class Worker:
             for pages in self.layers
         ]  # fmt: skip
         for layer in self.layers:
-            layer.bind_kv_cache(torch.zeros((8, 1, N, SHAPE.floats_per_token(N))))
             layer.base_of(3).copy_(random_inputs(SHAPE, 1)[2])
         self.memory, self.linear = self.memories[1], Linear(with_bias)
         self.own, self.projection = self.linear.weight.clone(), self.memory.projection
@@ -73,10 +62,8 @@ class Worker:
 
     def begin(self) -> None:
         """Run the first layer."""
-        batch = Batch(int32([[3]]), int32([0, TOKENS]), int32([TOKENS]), self.masks.limits, self.masks.unwritten, N, 1)
         reads = torch.empty(TOKENS, SHAPE.width)
-        rows = LayerRows(random_inputs(SHAPE, TOKENS)[0], None, reads)
-        self.chain.begin(rows, {layer.prefix: batch for layer in self.layers})
+        self.chain.begin(LayerRows(random_inputs(SHAPE, TOKENS)[0], None, reads), self.batches())
 
     def expected(self, x: Tensor) -> Tensor:
         """What the linear puts out."""
@@ -96,7 +83,7 @@ def test_the_memory_reads_what_the_linear_puts_out(
 ) -> None:
     if apart:
         no_product(monkeypatch)
-    worker, x = Worker(with_bias), torch.randn(TOKENS, HIDDEN)
+    worker, x = Appended(with_bias), torch.randn(TOKENS, HIDDEN)
     worker.begin()
     out = worker.linear(x)
     torch.testing.assert_close(out, worker.expected(x), rtol=0, atol=1e-5)
@@ -111,7 +98,7 @@ def test_one_call_and_two_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) ->
         with monkeypatch.context() as patch:
             if apart:
                 no_product(patch)
-            worker, x = Worker(), torch.randn(1, TOKENS, HIDDEN)  # as the Transformers backend hands it in
+            worker, x = Appended(), torch.randn(1, TOKENS, HIDDEN)  # as the Transformers backend hands it in
             worker.begin()
             out = worker.linear(x)
             assert out.shape == (1, TOKENS, OWN + COLUMNS)
@@ -125,7 +112,7 @@ def test_a_linear_can_be_asked_without_its_memory(apart: bool, monkeypatch: pyte
     """Outside of any step, where a memory would refuse to run."""
     if apart:
         no_product(monkeypatch)
-    worker, x = Worker(with_bias=True), torch.randn(TOKENS, HIDDEN)
+    worker, x = Appended(with_bias=True), torch.randn(TOKENS, HIDDEN)
     before = [layer.kv_cache.clone() for layer in worker.layers]
     torch.testing.assert_close(product_alone(worker.linear, x), worker.expected(x), rtol=0, atol=1e-5)
     assert all(torch.equal(layer.kv_cache, old) for layer, old in zip(worker.layers, before, strict=True))
@@ -137,7 +124,7 @@ def test_a_linear_can_be_asked_without_its_memory(apart: bool, monkeypatch: pyte
 
 
 def test_rows_are_appended_once() -> None:
-    worker, x = Worker(), torch.randn(TOKENS, HIDDEN)
+    worker, x = Appended(), torch.randn(TOKENS, HIDDEN)
     worker.linear.weight = nn.Parameter(torch.cat([worker.own, worker.projection]), requires_grad=False)
     worker.method.process_weights_after_loading(worker.linear)
     assert product_alone(worker.linear, x).shape[-1] == OWN + COLUMNS

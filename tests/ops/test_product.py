@@ -106,17 +106,21 @@ def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
     before = [world.whole.clone() for world in stack.worlds]
     with pytest.raises(RuntimeError, match=f"layer 2, but {TURN} 1"):
         native.project_next(own, hidden, None, product, 2)
-    for wrong, inputs in (
-        (own, stack.hidden(1, 3)),
-        (own._replace(rows=own.rows[:3]), hidden),
-        (own._replace(rows=own.rows[:, 1:]), hidden),
-        (own._replace(rows=own.rows[0]), hidden),
-        (own, hidden[0]),
+    for wrong, inputs, named in (
+        (own, stack.hidden(1, 3), "rows: expected one of each input, contiguous; got 4 of .* for 3"),
+        (own._replace(rows=own.rows[:3]), hidden, "rows: expected one of each input, contiguous; got 3 of .* for 4"),
+        (
+            own._replace(rows=own.rows[:, 1:]),
+            hidden,
+            "rows: expected one of each input, contiguous; got 4 of 103 .* 104 apart",
+        ),
+        (own._replace(rows=own.rows[0]), hidden, "rows: expected rows of columns, got 1 dimensions"),
+        (own, hidden[0], "input: expected rows of columns, got 1 dimensions"),
     ):
-        with pytest.raises(RuntimeError, match="rows: expected one of each input, contiguous"):
+        with pytest.raises(RuntimeError, match=named):
             native.project_next(wrong, inputs, None, product, 1)
     assert own.rows.isnan().all(), "a product was made"
-    with pytest.raises(RuntimeError):  # oneDNN's own: an input that is narrower than the weight
+    with pytest.raises(RuntimeError, match="_C::onednn_mm"):  # oneDNN's own: an input that is narrower than the weight
         native.project_next(own, hidden[:, 1:].contiguous(), None, product, 1)
     with pytest.raises(RuntimeError, match="reads: expected 8 contiguous floats for each of 4 tokens, got 3 rows"):
         native.project_next(own._replace(reads=own.reads[:3]), hidden, None, product, 1)
