@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from deltamem_vllm.adapter.weights import load_adapter
 from deltamem_vllm.cli import app
+from deltamem_vllm.folders import PREFIX
 from deltamem_vllm.report.arm import Timing
 from deltamem_vllm.report.compare import first, milliseconds, per_token, ratio
 from deltamem_vllm.report.random import QWEN3_0_6B, TINY, write_adapter, write_lora, write_model
@@ -70,13 +72,16 @@ def test_wrong_arguments_are_said_before_an_engine_starts(arguments: list[str], 
 
 
 @pytest.mark.nightly
-def test_a_report_of_a_real_model(tmp_path: Path) -> None:
+def test_a_report_of_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["report", str(MODEL), str(ADAPTER), "--batches", "1,2", "--lengths", "40", "--tokens", "6"]
     arguments += ["--rounds", "2", "--out", str(tmp_path)]
     for option in ("dtype=float32", "max_model_len=512", "enforce_eager=true", "block_size=32"):
         arguments += ["--engine", option]
-    result = CliRunner().invoke(app, arguments, env={"VLLM_CPU_KVCACHE_SPACE": "1"})
+    (room := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(room))
+    result = CliRunner().invoke(app, arguments, env={"VLLM_CPU_KVCACHE_SPACE": "1", "TMPDIR": str(room)})
     assert result.exit_code == 0, result.output
+    assert not list(room.glob(f"{PREFIX}*")), "an engine left a folder behind"
     found = json.loads((tmp_path / "report.json").read_text())
     assert (tmp_path / "report.md").read_text() == markdown(found)
     adapter = load_adapter(ADAPTER)
