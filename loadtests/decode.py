@@ -1,10 +1,12 @@
 """What a layer's memory takes in a decode step on this CPU, called as a compiled model calls it and finding the caches
 as there: since the layer before it a layer's weights have gone through them.
 
-    python -m loadtests.decode [--repeats 200]
+    python -m loadtests.decode [--repeats 40] [--models 5]
 
 Qwen3-0.6B's shape, fp32, one thread. What takes turns is qkv_proj: vLLM's product alone; the same with the memory's
-projection, in a call that reads, writes and corrects q too; and both in a call each. The figures are differences.
+projection in its weight; in a call that reads, writes and corrects q too; and both in a call each. The figures are
+differences. A product's time depends, by more than a memory takes, on where in memory its weight happens to lie: what
+the memory does is told beside the product of the very same weight, and all is measured with several models.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -41,6 +43,10 @@ CONTEXT = 64
 TOLERANCE = 1e-4
 CUT = 0.2
 """Share of the largest and of the smallest differences that are left out: pauses of the machine."""
+
+
+Call: TypeAlias = Callable[[int, Tensor, Tensor], Any]
+"""Of a layer's number, its input, and room for reads, which what Inductor writes takes over from the layer before."""
 
 
 class Weight:
@@ -89,20 +95,24 @@ class Model:
         """Room for what is read."""
         return torch.empty(tokens, self.shape.width)
 
-    def alone(self, layer: int, hidden: Tensor) -> None:
+    def alone(self, layer: int, hidden: Tensor, reads: Tensor) -> None:
         """qkv_proj of a model without memory."""
         self.plain[layer](hidden)
 
-    def together(self, layer: int, hidden: Tensor) -> LayerRows:
+    def product(self, layer: int, hidden: Tensor, reads: Tensor) -> None:
+        """qkv_proj with the memory's projection in its weight."""
+        self.qkv[layer](hidden)
+
+    def together(self, layer: int, hidden: Tensor, reads: Tensor) -> LayerRows:
         """qkv_proj and the memory in one call."""
         weight = self.qkv[layer]
-        rows, reads = torch.empty(len(hidden), weight.columns), self.reads(len(hidden))
+        rows = torch.empty(len(hidden), weight.columns)
         torch.ops.deltamem_native.project_next.default(rows, reads, hidden, None, weight.handler, layer)
         return LayerRows(rows, None, reads)
 
-    def apart(self, layer: int, hidden: Tensor) -> LayerRows:
+    def apart(self, layer: int, hidden: Tensor, reads: Tensor) -> LayerRows:
         """qkv_proj, and then the memory."""
-        rows, reads = self.qkv[layer](hidden), self.reads(len(hidden))
+        rows = self.qkv[layer](hidden)
         torch.ops.deltamem_native.scan_next.default(rows, None, reads, layer)
         return LayerRows(rows, None, reads)
 
@@ -116,17 +126,20 @@ class Model:
         self.tokens += new
         return batch
 
-    def step(self, call: Callable[[int, Tensor], Any], new: int = 1) -> list[float]:
+    def step(self, call: Call, new: int = 1) -> list[float]:
         """One step in which a layer's weights go through the caches before each call; seconds of each layer but the
-        first."""
+        first. Where a call leaves the memory out, its tokens are written behind it: the next step would have to replay
+        them otherwise, which no served step does."""
         self.begin(new)
         took = []
         for layer in range(1, LAYERS):
-            hidden = self.hidden(new * self.requests)
+            hidden, reads = self.hidden(new * self.requests), self.reads(new * self.requests)
             self.others[layer % 2](hidden)
             begun = time.perf_counter()
-            call(layer, hidden)
+            written = call(layer, hidden, reads)
             took.append(time.perf_counter() - begun)
+            if written is None:
+                self.apart(layer, hidden, reads)
         return took
 
     def warm(self) -> list[float]:
@@ -141,7 +154,7 @@ class Model:
             took.append(time.perf_counter() - begun)
         return took
 
-    def check(self, call: Callable[[int, Tensor], LayerRows]) -> float:
+    def check(self, call: Call) -> float:
         """Largest difference of a step's rows to what the product, the plain operators and another product make."""
         pages = [each.clone() for each in self.pages]
         batch, worst = self.begin(1), 0.0
@@ -151,24 +164,46 @@ class Model:
             projected, bias = expected[:, QKV:], self.table.layers[layer].bias
             self.native.page_scan(self.shape, projected, bias, pages[layer], batch, reads)
             expected[:, :Q] = (expected[:, :Q].double() + reads.double() @ self.matrices[layer].double()).float()
-            difference = (call(layer, hidden).rows - expected).abs()
+            difference = (call(layer, hidden, self.reads(self.requests)).rows - expected).abs()
             worst = max(worst, float(difference.max()) if bool(difference.isfinite().all()) else float("inf"))
         return worst
 
 
-def added(times: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """The mean of differences in µs, without the `CUT` largest and smallest, and its standard error."""
+def added(times: Sequence[float], base: Sequence[float]) -> float:
+    """The mean of differences in µs, without the `CUT` largest and smallest."""
     differences = sorted((one - other) * 1e6 for one, other in zip(times, base, strict=True))
     cut = int(CUT * len(differences))
-    kept = differences[cut : len(differences) - cut]
-    return statistics.fmean(kept), statistics.stdev(kept) / math.sqrt(len(kept))
+    return statistics.fmean(differences[cut : len(differences) - cut])
+
+
+def measure_model(model: Model, repeats: int) -> dict[str, float]:
+    """µs by name, of one model; arms take turns step by step, in changing order."""
+    if not (worst := max(model.check(model.together), model.check(model.apart))) <= TOLERANCE:
+        raise SystemExit(f"a layer's rows differ by {worst:.1e} from what they should be: nothing is measured")
+    arms: dict[str, Call] = {
+        "alone": model.alone, "product": model.product, "together": model.together, "apart": model.apart
+    }  # fmt: skip
+    order, warm = [*arms], list[float]()
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(repeats):
+        random.shuffle(order)
+        for arm in order:
+            times[arm] += model.step(arms[arm])
+        warm += model.warm()
+    return {
+        "product, µs": statistics.median(times["alone"]) * 1e6,
+        "projection, µs": added(times["product"], times["alone"]),
+        "memory in its call, µs": added(times["together"], times["product"]),
+        "memory in a call of its own, µs": added(times["apart"], times["product"]),
+        "caches full, µs": statistics.median(warm) * 1e6,
+    }
 
 
 @torch.inference_mode()  # as the engine calls the operators
-def measure(repeats: int = 200, batches: Sequence[int] = BATCHES) -> list[dict[str, Any]]:
-    """What takes turns step by step, in changing order. A row per batch: requests; µs of the plain product; µs that the
-    memory adds to it in one call with it, and in one of its own, with standard errors; and µs of its call right behind
-    the layer before.
+def measure(repeats: int = 40, batches: Sequence[int] = BATCHES, models: int = 5) -> list[dict[str, Any]]:
+    """A row per batch: requests; µs of the plain product; what the projection adds to it; what the memory adds to both,
+    in their call and in one of its own; and its call right behind the layer before. Means over models, with the
+    standard errors of what is added.
 
     Raises:
         SystemExit: an answer is wrong: nothing is measured.
@@ -178,29 +213,24 @@ def measure(repeats: int = 200, batches: Sequence[int] = BATCHES) -> list[dict[s
     rows = []
     with running("", 1):
         for requests in batches:
-            model = Model(native, RELEASED, requests, 4 * repeats + 2)
-            if not (worst := max(model.check(model.together), model.check(model.apart))) <= TOLERANCE:
-                raise SystemExit(f"a layer's rows differ by {worst:.1e} from what they should be: nothing is measured")
-            arms = {"alone": model.alone, "together": model.together, "apart": model.apart}
-            order, warm = [*arms], list[float]()
-            times: dict[str, list[float]] = {arm: [] for arm in arms}
-            for _ in range(repeats):
-                random.shuffle(order)
-                for arm in order:
-                    times[arm] += model.step(arms[arm])
-                warm += model.warm()
-            row: dict[str, Any] = {"requests": requests, "product, µs": statistics.median(times["alone"]) * 1e6}
-            for arm, name in (("together", "added, µs"), ("apart", "added by a call of its own, µs")):
-                row[name], row[f"{name} ±"] = added(times[arm], times["alone"])
-            rows.append({**row, "caches full, µs": statistics.median(warm) * 1e6})
+            found = [measure_model(Model(native, RELEASED, requests, 5 * repeats + 2), repeats) for _ in range(models)]
+            row: dict[str, Any] = {"requests": requests}
+            for name in found[0]:
+                values = [each[name] for each in found]
+                row[name] = statistics.fmean(values)
+                if name.startswith(("projection", "memory")):
+                    row[f"{name} ±"] = statistics.stdev(values) / math.sqrt(models)
+            rows.append(row)
     return rows
 
 
 def main() -> None:
     """Check, then measure, then print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--repeats", type=int, default=200)
-    rows = measure(parser.parse_args().repeats)
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--models", type=int, default=5)
+    given = parser.parse_args()
+    rows = measure(given.repeats, models=given.models)
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
