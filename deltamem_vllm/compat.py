@@ -267,6 +267,19 @@ def onednn_product(linear: Any) -> tuple[torch.Tensor, int] | None:
     return None
 
 
+def write_calls(op: str, write: Callable[[Any, Callable[[str], None]], None]) -> None:
+    """Have Inductor write calls of a custom operator by ``write(node, writeline)``, in the Python that it makes of a
+    graph. Where it cannot be told, it writes calls of the operator.
+
+    torch 2.13: a registry that is documented in its module and in no manual; until an operator can bring its own.
+    """
+    try:
+        from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
+    except ImportError:
+        return
+    CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"] = CustomCodegen(python=write)
+
+
 def require_hooks() -> None:
     """Refuse a vLLM that lacks a hook we stand on, before it fails in the middle of a request.
 

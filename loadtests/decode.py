@@ -4,9 +4,10 @@ as there: since the layer before it a layer's weights have gone through them.
     python -m loadtests.decode [--repeats 40] [--models 5]
 
 Qwen3-0.6B's shape, fp32, one thread. What takes turns is qkv_proj: vLLM's product alone; the same with the memory's
-projection in its weight; in a call that reads, writes and corrects q too; and both in a call each. The figures are
-differences. A product's time depends, by more than a memory takes, on where in memory its weight happens to lie: what
-the memory does is told beside the product of the very same weight, and all is measured with several models.
+projection in its weight; and that with the memory behind it, which reads, writes and corrects q, in a plain call as it
+is served (`memory.written`), or as an operator. The figures are differences. A product's time depends, by more than a
+memory takes, on where in memory its weight happens to lie: what the memory does is told beside the product of the very
+same weight, and all is measured with several models.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from vllm import _custom_ops as vllm_ops
 
+from deltamem_vllm.ops import direct
 from deltamem_vllm.ops.dispatch import select
 from deltamem_vllm.ops.layout import RELEASED, MemoryShape
 from deltamem_vllm.ops.native import LayerConstants, LayerRows, LayerTable, NativeOps, tiled
@@ -41,6 +43,7 @@ BLOCK, APART = 128, 2 * 128 * 8 * 128
 """Tokens of a page, and floats from one page to the next: those of the layer's keys and values."""
 CONTEXT = 64
 TOLERANCE = 1e-4
+FP32 = direct.DTYPES[torch.float32]
 CUT = 0.2
 """Share of the largest and of the smallest differences that are left out: pauses of the machine."""
 
@@ -85,7 +88,7 @@ class Model:
         self.unwritten = torch.zeros((blocks, mask_words(BLOCK)), dtype=torch.int32)
         self.blocks = (1 + torch.randperm(blocks_each * requests, dtype=torch.int32)).view(requests, blocks_each)
         self.tokens = 0
-        self.step(self.together, CONTEXT)
+        self.step(self.plain_call, CONTEXT)
 
     def hidden(self, tokens: int) -> Tensor:
         """A layer's input."""
@@ -103,15 +106,18 @@ class Model:
         """qkv_proj with the memory's projection in its weight."""
         self.qkv[layer](hidden)
 
-    def together(self, layer: int, hidden: Tensor, reads: Tensor) -> LayerRows:
-        """qkv_proj and the memory in one call."""
-        weight = self.qkv[layer]
-        rows = torch.empty(len(hidden), weight.columns)
-        torch.ops.deltamem_native.project_next.default(rows, reads, hidden, None, weight.handler, layer)
+    def plain_call(self, layer: int, hidden: Tensor, reads: Tensor) -> LayerRows:
+        """qkv_proj, and then the memory as in what Inductor writes."""
+        rows = self.qkv[layer](hidden)
+        self.next(rows, reads, layer)
         return LayerRows(rows, None, reads)
 
-    def apart(self, layer: int, hidden: Tensor, reads: Tensor) -> LayerRows:
-        """qkv_proj, and then the memory."""
+    def next(self, rows: Tensor, reads: Tensor, layer: int) -> None:
+        """The memory in a plain call."""
+        direct.next_layer(rows.data_ptr(), rows.size(0), rows.size(1), FP32, reads.data_ptr(), self.shape.width, layer)
+
+    def operator(self, layer: int, hidden: Tensor, reads: Tensor) -> LayerRows:
+        """qkv_proj, and then the memory as an operator of torch."""
         rows = self.qkv[layer](hidden)
         torch.ops.deltamem_native.scan_next.default(rows, None, reads, layer)
         return LayerRows(rows, None, reads)
@@ -139,7 +145,7 @@ class Model:
             written = call(layer, hidden, reads)
             took.append(time.perf_counter() - begun)
             if written is None:
-                self.apart(layer, hidden, reads)
+                self.operator(layer, hidden, reads)
         return took
 
     def warm(self) -> list[float]:
@@ -150,7 +156,7 @@ class Model:
         took = []
         for layer, (rows, _, reads) in enumerate(known, 1):
             begun = time.perf_counter()
-            torch.ops.deltamem_native.scan_next.default(rows, None, reads, layer)
+            self.next(rows, reads, layer)
             took.append(time.perf_counter() - begun)
         return took
 
@@ -178,10 +184,10 @@ def added(times: Sequence[float], base: Sequence[float]) -> float:
 
 def measure_model(model: Model, repeats: int) -> dict[str, float]:
     """µs by name, of one model; arms take turns step by step, in changing order."""
-    if not (worst := max(model.check(model.together), model.check(model.apart))) <= TOLERANCE:
+    if not (worst := max(model.check(model.plain_call), model.check(model.operator))) <= TOLERANCE:
         raise SystemExit(f"a layer's rows differ by {worst:.1e} from what they should be: nothing is measured")
     arms: dict[str, Call] = {
-        "alone": model.alone, "product": model.product, "together": model.together, "apart": model.apart
+        "alone": model.alone, "product": model.product, "call": model.plain_call, "operator": model.operator
     }  # fmt: skip
     order, warm = [*arms], list[float]()
     times: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -193,8 +199,8 @@ def measure_model(model: Model, repeats: int) -> dict[str, float]:
     return {
         "product, µs": statistics.median(times["alone"]) * 1e6,
         "projection, µs": added(times["product"], times["alone"]),
-        "memory in its call, µs": added(times["together"], times["product"]),
-        "memory in a call of its own, µs": added(times["apart"], times["product"]),
+        "memory, µs": added(times["call"], times["product"]),
+        "memory as an operator, µs": added(times["operator"], times["product"]),
         "caches full, µs": statistics.median(warm) * 1e6,
     }
 
@@ -202,8 +208,8 @@ def measure_model(model: Model, repeats: int) -> dict[str, float]:
 @torch.inference_mode()  # as the engine calls the operators
 def measure(repeats: int = 40, batches: Sequence[int] = BATCHES, models: int = 5) -> list[dict[str, Any]]:
     """A row per batch: requests; µs of the plain product; what the projection adds to it; what the memory adds to both,
-    in their call and in one of its own; and its call right behind the layer before. Means over models, with the
-    standard errors of what is added.
+    in a plain call and as an operator; and its call right behind the layer before. Means over models, with the standard
+    errors of what is added.
 
     Raises:
         SystemExit: an answer is wrong: nothing is measured.

@@ -21,7 +21,8 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
   static thread_local Step step;
   plan_step(shape, make_pages(shape, pages, block_size), pages.size(0),
             {block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs}, projected.size(0), step);
-  run_layer(step, own, {projected, projected, reads});
+  const Rows rows = rows_of("projected", projected);
+  run_layer(step, own, {rows, rows, rows_of("reads", reads)});
 }
 
 void activate(const Tensor& projected, const Tensor& bias, const Tensor& q, const Tensor& log, int64_t packed_shape) {

@@ -115,15 +115,22 @@ inline LayerConstants layer_constants(const deltamem::Shape& shape, const Tensor
 
 // One layer's tensors in a step.
 struct LayerRows {
-  const Tensor& rows;  // what its linear put out: q | k | v, and behind them `projected` where that is none
-  const std::optional<Tensor>& projected;  // [T, projected_columns]
-  const Tensor& reads;
+  Rows rows;  // what its linear put out: q | k | v, and behind them `projected` where that is none
+  std::optional<Rows> projected;  // [T, projected_columns]
+  Rows reads;
 };
+
+// As tensors tell of them.
+inline LayerRows layer_rows(const Tensor& rows, const std::optional<Tensor>& projected, const Tensor& reads) {
+  std::optional<Rows> apart;
+  if (projected) apart = rows_of("projected", *projected);
+  return {rows_of("rows", rows), apart, rows_of("reads", reads)};
+}
 
 // Rows whose last columns an activation can read: as many as tokens.
 inline Rows source_rows(const deltamem::Shape& shape, const LayerRows& layer, int64_t tokens) {
   const char* name = layer.projected ? "projected" : "rows";
-  const Rows rows = rows_of(name, layer.projected ? *layer.projected : layer.rows);
+  const Rows& rows = layer.projected ? *layer.projected : layer.rows;
   const int64_t columns = shape.projected_columns();
   require(rows.count == tokens, name, ": ", rows.count, " rows in a step of ", tokens, " tokens");
   require(layer.projected ? rows.columns == columns : rows.columns >= columns, name, ": expected ",
@@ -171,13 +178,11 @@ inline void correct(const deltamem::CorrectionArgs& args, int64_t tokens) {
 inline void run_layer(Step& step, const LayerConstants& own, const LayerRows& layer) {
   const deltamem::Plan& plan = step.planned.plan;
   deltamem::fetch_pages(step.shape, step.args.pages, plan);
-  const Rows source = source_rows(step.shape, layer, step.tokens);
-  set_rows(step.shape, own, source, rows_of("reads", layer.reads), step.tokens, step.args);
+  set_rows(step.shape, own, source_rows(step.shape, layer, step.tokens), layer.reads, step.tokens, step.args);
   deltamem::CorrectionArgs correction = {};
   if (own.matrix != nullptr) {
-    const Rows rows = layer.projected ? rows_of("rows", layer.rows) : source;
-    const int64_t columns = rows.columns - (layer.projected ? 0 : step.shape.projected_columns()) - own.first;
-    correction = correction_args(own, rows, columns, step.tokens, step.args.reads, step.shape.width());
+    const int64_t columns = layer.rows.columns - (layer.projected ? 0 : step.shape.projected_columns()) - own.first;
+    correction = correction_args(own, layer.rows, columns, step.tokens, step.args.reads, step.shape.width());
   }
   float* room = workspace(deltamem::workspace_floats(step.shape, plan, step.tokens));
   deltamem::kernels().page_scan(step.shape, step.args, plan, in_parallel, room);

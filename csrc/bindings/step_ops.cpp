@@ -1,16 +1,16 @@
 // A step of the engine, layer after layer. What all layers share (requests, indices, the cut over threads) is checked and
 // planned once, when the first layer runs; each of the others is then one call with its own rows. That is what a decode
 // step needs: between two layers a model's weights have gone through the caches, so that every line of a call's way is
-// fetched from memory again.
+// fetched from memory again. Most of that way is torch's dispatcher, which `deltamem_next` goes past: a plain function.
 //
 // The step belongs to the thread that runs it. It ends with its last layer, and the first layer of the next one replaces
 // whatever a step that failed has left; a layer out of its turn is refused.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <cstring>
+#include <exception>
+#include <string>
 #include <vector>
 
 #include "scan_args.h"
@@ -67,7 +67,7 @@ void scan_first(const Tensor& rows, const std::optional<Tensor>& projected, cons
   step.held = {block_table, unwritten, addresses, table};
   step.layers = addresses.size(0);
   step.idle = false;
-  run_layer(step, step.constants[0], {rows, projected, reads});
+  run_layer(step, step.constants[0], layer_rows(rows, projected, reads));
   step.done();
 }
 
@@ -87,10 +87,11 @@ CurrentStep& step_at(int64_t layer) {
 }
 
 void run_next(CurrentStep& step, const LayerRows& layer) {
+  const Rows& reads = layer.reads;
   if (step.idle) {
-    check("reads", layer.reads, ScalarType::Float, {-1, -1});
-    require(layer.reads.is_contiguous(), "reads must be contiguous");
-    memset(layer.reads.data_ptr(), 0, layer.reads.size(0) * layer.reads.size(1) * sizeof(float));
+    require(reads.dtype == deltamem::Dtype::f32 && (reads.count < 2 || reads.stride == reads.columns),
+            "reads must be contiguous floats");
+    memset(reads.data, 0, reads.count * reads.columns * sizeof(float));
   } else {
     step.args.pages.data = reinterpret_cast<float*>(step.addresses[step.next]);
     run_layer(step, step.constants[step.next], layer);
@@ -99,32 +100,30 @@ void run_next(CurrentStep& step, const LayerRows& layer) {
 }
 
 void scan_next(const Tensor& rows, const std::optional<Tensor>& projected, const Tensor& reads, int64_t layer) {
-  run_next(step_at(layer), {rows, projected, reads});
+  run_next(step_at(layer), layer_rows(rows, projected, reads));
 }
 
-// vLLM's product, which is asked for by name: torch's stable ABI knows no other way.
-void multiply(const Tensor& out, const Tensor& input, const std::optional<Tensor>& bias, const Tensor& handler) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack = {from(out), from(input), from(bias), from(handler)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("_C::onednn_mm", "", stack.data(), TORCH_ABI_VERSION));
-}
-
-void project_next(const Tensor& rows, const Tensor& reads, const Tensor& input, const std::optional<Tensor>& bias,
-                  const Tensor& handler, int64_t layer) {
-  CurrentStep& step = step_at(layer);
-  const Rows out = rows_of("rows", rows), in = rows_of("input", input);
-  require(out.count == in.count && (out.count < 2 || out.stride == out.columns),
-          "rows: expected one of each input, contiguous; got ", out.count, " of ", out.columns, " columns, ", out.stride,
-          " apart, for ", in.count);
-  multiply(rows, input, bias, handler);
-  run_next(step, {rows, {}, reads});
-}
-
-// Under tracing: rows are corrected or written in place, reads have their shape already.
+// Under tracing: rows are corrected in place, reads have their shape already.
 void nothing(const Tensor&, const std::optional<Tensor>&, const Tensor&, int64_t) {}
-void nothing_projected(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, int64_t) {}
 
 }  // namespace
+
+// `scan_next` of rows [count, columns] and reads [count, width] that are contiguous, the projection in the rows' last
+// columns. Returns null, or what is wrong, until this thread calls it again; nothing has changed then.
+extern "C" __attribute__((visibility("default"))) const char* deltamem_next(void* rows, int64_t count, int64_t columns,
+                                                                            int64_t dtype, void* reads, int64_t width,
+                                                                            int64_t layer) noexcept {
+  static thread_local std::string error;
+  try {
+    require(dtype >= 0 && dtype <= static_cast<int64_t>(deltamem::Dtype::f16), "rows: no dtype has number ", dtype);
+    const Rows own = {count, columns, columns, static_cast<deltamem::Dtype>(dtype), static_cast<char*>(rows)};
+    run_next(step_at(layer), {own, {}, {count, width, width, deltamem::Dtype::f32, static_cast<char*>(reads)}});
+    return nullptr;
+  } catch (const std::exception& wrong) {
+    error = wrong.what();
+    return error.c_str();
+  }
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(deltamem_native, m) {
   m.def("entry_words() -> int");
@@ -138,21 +137,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(deltamem_native, m) {
       "Tensor unwritten, int block_size, int num_reqs, int shape) -> ()");
   m.def("scan_nothing(int layers) -> ()");
   m.def("scan_next(Tensor(a!) rows, Tensor? projected, Tensor(b!) reads, int layer) -> ()");
-  // vLLM's product for what qkv_proj puts out (`_C::onednn_mm`), and the layer that follows it: one call instead of two.
-  // handler: of a product of as many columns as rows have.
-  m.def("project_next(Tensor(a!) rows, Tensor(b!) reads, Tensor input, Tensor? bias, Tensor handler, int layer) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CPU, m) {
   m.impl("layer_entry", TORCH_BOX(&layer_entry));
   m.impl("scan_first", TORCH_BOX(&scan_first));
   m.impl("scan_next", TORCH_BOX(&scan_next));
-  m.impl("project_next", TORCH_BOX(&project_next));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, Meta, m) {
   m.impl("scan_next", TORCH_BOX(&nothing));
-  m.impl("project_next", TORCH_BOX(&nothing_projected));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CompositeExplicitAutograd, m) {

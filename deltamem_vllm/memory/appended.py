@@ -1,7 +1,7 @@
 """The memory's projection as more rows of a linear that reads the same input: one matrix product instead of two.
 
 A product with 4·r more rows costs what its bytes cost; one of its own costs a launch, which is more than that in every
-decode step. On a CPU the layers behind the first go further: product and memory are one call.
+decode step. On a CPU, behind the first layer, product and memory are one node of the graph (`memory.written`).
 
 Only where the linear is vLLM's plain one: quantised methods pack their weights in their own way, and a
 wrapped linear (LoRA) has no weight of its own to append to.

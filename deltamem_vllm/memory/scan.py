@@ -4,11 +4,11 @@
 layer's pages in vLLM's forward context, so the compiled graph holds nothing that changes between steps.
 
 Where layers form a chain (`deltamem_vllm.memory.chain`) the first one's operator is ``deltamem::scan_rows``, and the
-others' is ``deltamem_native::scan_next``, which goes on from there, or ``project_next``, which makes the rows too, by
-vLLM's own product: an operator less to be called. All correct q, k and v too, in place, in the rows
-that qkv_proj put out. What of a layer is the same in every step, its bias and that correction's matrix, they are told
-of once and not in each call: between two layers a model's weights go through the caches, and whatever a call touches is
-fetched from memory again.
+others' is ``deltamem_native::scan_next``, which goes on from there, or ``deltamem::project_next``, which makes the rows
+too, by vLLM's own product; in what Inductor writes that is vLLM's operator and a plain call, no operator of ours
+(`deltamem_vllm.memory.written`). All correct q, k and v too, in place, in the rows that qkv_proj put out. What of a
+layer is the same in every step, its bias and that correction's matrix, they are told of once and not in each call:
+between two layers a model's weights go through the caches, and whatever a call touches is fetched from memory again.
 """
 
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from vllm.forward_context import get_forward_context
 
+from deltamem_vllm import compat
+from deltamem_vllm.memory import written
 from deltamem_vllm.ops.dispatch import Preference, select
 from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.native import LayerRows, NativeOps, Product
@@ -42,6 +44,17 @@ def _scan_rows(rows: torch.Tensor, projected: torch.Tensor | None, reads: torch.
     context: Any = get_forward_context()
     pages: Any = context.no_compile_layers[layer]
     pages.chain.begin(LayerRows(rows, projected, reads), context.attn_metadata)
+
+
+def _project_next(
+    rows: torch.Tensor,
+    reads: torch.Tensor,
+    hidden: torch.Tensor,
+    bias: torch.Tensor | None,
+    handler: torch.Tensor,
+    place: int,
+) -> None:
+    NativeOps.project_next(LayerRows(rows, None, reads), hidden, bias, Product(handler, rows.shape[-1]), place)
 
 
 def scan(pages: Any, projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor) -> None:
@@ -73,7 +86,7 @@ def scan_product(
     Args:
         pages: the layer's `StatePages`, which `follows` another one.
     """
-    NativeOps.project_next(layer, hidden, bias, product, pages.place)
+    torch.ops.deltamem.project_next(layer.rows, layer.reads, hidden, bias, product.handler, pages.place)
 
 
 def _nothing(*_: Any) -> None:
@@ -83,8 +96,13 @@ def _nothing(*_: Any) -> None:
 _library = torch.library.Library("deltamem", "FRAGMENT")
 _library.define("scan(Tensor projected, Tensor bias, Tensor(a!) reads, str layer) -> ()")
 _library.define("scan_rows(Tensor(a!) rows, Tensor? projected, Tensor(b!) reads, str layer) -> ()")
+_library.define(
+    "project_next(Tensor(a!) rows, Tensor(b!) reads, Tensor hidden, Tensor? bias, Tensor handler, int place) -> ()"
+)
 for _device in ("CPU", "CUDA"):
     _library.impl("scan", _scan, _device)
 _library.impl("scan_rows", _scan_rows, "CPU")
-for _op in ("scan", "scan_rows"):
+_library.impl("project_next", _project_next, "CPU")
+for _op in ("scan", "scan_rows", "project_next"):
     _library.impl(_op, _nothing, "Meta")
+compat.write_calls("deltamem.project_next.default", written.project_next)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltamem_vllm.ops import direct
 from deltamem_vllm.ops.layout import MemoryShape
 from deltamem_vllm.ops.paged import Batch
 from deltamem_vllm.ops.pooled import Book
@@ -125,6 +126,7 @@ class NativeOps:
     def __init__(self, library: Path) -> None:
         if not hasattr(torch.ops.deltamem_native, "page_scan"):
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        direct.bind(library)
         self._scan = torch.ops.deltamem_native.page_scan.default
         self._first = torch.ops.deltamem_native.scan_first.default
         self._state = torch.ops.deltamem_native.page_state.default
@@ -175,7 +177,7 @@ class NativeOps:
 
     @staticmethod
     def project_next(layer: LayerRows, hidden: Tensor, bias: Tensor | None, product: Product, place: int) -> None:
-        """The linear whose output a layer's rows are, and then `scan_next`: one call instead of two.
+        """The linear whose output a layer's rows are, and then `scan_next`.
 
         Args:
             layer: rows [T, columns of the product], contiguous, out; nothing is projected apart.
@@ -184,7 +186,18 @@ class NativeOps:
         Raises:
             RuntimeError: as of `scan_next`, or the product cannot be made; rows may have been written.
         """
-        torch.ops.deltamem_native.project_next(layer.rows, layer.reads, hidden, bias, product.handler, place)
+        rows, _, reads = layer
+        for name, tensor, count in (("rows", rows, len(hidden)), ("reads", reads, len(rows))):
+            if tensor.dim() != 2 or len(tensor) != count or not tensor.is_contiguous() or tensor.device.type != "cpu":
+                raise RuntimeError(
+                    f"{name}: expected {count} contiguous rows on a CPU, got shape {list(tensor.shape)}, strides "
+                    f"{list(tensor.stride())} on {tensor.device}"
+                )
+        if rows.dtype not in direct.DTYPES or reads.dtype != torch.float32:
+            raise RuntimeError(f"rows and reads of {rows.dtype} and {reads.dtype}: no kernel takes these")
+        torch.ops._C.onednn_mm(rows, hidden, bias, product.handler)
+        columns, width, dtype = rows.shape[1], reads.shape[1], direct.DTYPES[rows.dtype]
+        direct.next_layer(rows.data_ptr(), len(rows), columns, dtype, reads.data_ptr(), width, place)
 
     def page_state(
         self,

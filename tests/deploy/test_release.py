@@ -59,8 +59,8 @@ def test_the_wheel_has_what_it_needs_and_nothing_else(released: Released) -> Non
     sources = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
     assert sources <= set(names), "a file of the package is missing"
     made = {name for name in names if name.startswith("deltamem_vllm/")} - sources
-    assert "deltamem_vllm/ops/_native.so" in made
-    assert made <= {"deltamem_vllm/ops/_native.so", "deltamem_vllm/ops/_cuda.so"}
+    libraries = [f"deltamem_vllm/ops/{name}.so" for name in ("_native", "_direct", "_cuda")]
+    assert set(libraries[:2]) <= made <= set(libraries)
     assert any(name.startswith("deltamem_vllm/recall/") and name.endswith(".safetensors") for name in names)
 
 

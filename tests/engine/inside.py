@@ -20,12 +20,13 @@ def launches(worker: Any) -> dict[str, int]:
     from torch._inductor.codecache import PyCodeCache
 
     call = re.compile(
-        r"^ +(?:(cpp_fused)\w*|extern_kernels\.(\w+)|torch\.ops\.([\w.]+?)(?:\.default)?)\(", re.MULTILINE
+        r"^ +(?:(cpp_fused)\w*|extern_kernels\.(\w+)|torch\.ops\.([\w.]+?)(?:\.default)?|(deltamem_[\w.]+))\(",
+        re.MULTILINE,
     )
     sources = [Path(module.__file__).read_text() for module in PyCodeCache.modules]
     counted: Counter[str] = Counter()
-    for kernel, extern, op in (match for source in sources for match in call.findall(source)):
-        counted["kernels" if kernel else extern or op] += 1
+    for kernel, extern, op, ours in (match for source in sources for match in call.findall(source)):
+        counted["kernels" if kernel else extern or op or ours] += 1
     return dict(counted)
 
 

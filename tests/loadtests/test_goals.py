@@ -137,7 +137,7 @@ def test_no_step_replays_what_another_arm_left_out() -> None:
     native = select("cpu", "native")
     assert isinstance(native, NativeOps)
     model = decode.Model(native, RELEASED, 1, 8)
-    for call in (model.alone, model.product, model.together, model.apart):
+    for call in (model.alone, model.product, model.plain_call, model.operator):
         model.step(call)
         for layer, pages in enumerate(model.pages):
             page = pages[model.blocks[0, 0]]

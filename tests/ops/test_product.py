@@ -104,26 +104,27 @@ def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
     first.rows.zero_()
     native.scan_first(SHAPE, first, stack.table, stack.book, stack.step(4, 0))
     before = [world.whole.clone() for world in stack.worlds]
-    with pytest.raises(RuntimeError, match=f"layer 2, but {TURN} 1"):
-        native.project_next(own, hidden, None, product, 2)
     for wrong, inputs, named in (
-        (own, stack.hidden(1, 3), "rows: expected one of each input, contiguous; got 4 of .* for 3"),
-        (own._replace(rows=own.rows[:3]), hidden, "rows: expected one of each input, contiguous; got 3 of .* for 4"),
-        (
-            own._replace(rows=own.rows[:, 1:]),
-            hidden,
-            "rows: expected one of each input, contiguous; got 4 of 103 .* 104 apart",
-        ),
-        (own._replace(rows=own.rows[0]), hidden, "rows: expected rows of columns, got 1 dimensions"),
-        (own, hidden[0], "input: expected rows of columns, got 1 dimensions"),
+        (own, stack.hidden(1, 3), "rows: expected 3 contiguous rows on a CPU, got shape .4, 104."),
+        (own._replace(rows=own.rows[:3]), hidden, "rows: expected 4 contiguous rows on a CPU, got shape .3, 104."),
+        (own._replace(rows=own.rows[:, 1:]), hidden, "rows: expected 4 contiguous rows .* strides .104, 1."),
+        (own._replace(rows=own.rows[0]), hidden, "rows: expected 4 contiguous rows on a CPU, got shape .104."),
+        (own._replace(rows=own.rows.to("meta")), hidden, "rows: expected 4 contiguous rows on a CPU, got .* on meta"),
+        (own._replace(rows=own.rows.double()), hidden, "rows and reads of torch.float64 and torch.float32"),
+        (own._replace(reads=own.reads.half()), hidden, "rows and reads of torch.float32 and torch.float16"),
+        (own._replace(reads=own.reads[:3]), hidden, "reads: expected 4 contiguous rows on a CPU, got shape .3, 8."),
+        (own, hidden[0], "rows: expected 24 contiguous rows"),
     ):
         with pytest.raises(RuntimeError, match=named):
             native.project_next(wrong, inputs, None, product, 1)
     assert own.rows.isnan().all(), "a product was made"
-    with pytest.raises(RuntimeError, match="_C::onednn_mm"):  # oneDNN's own: an input that is narrower than the weight
+    with pytest.raises(RuntimeError, match="memory descriptor"):  # oneDNN's own: the input is narrow
         native.project_next(own, hidden[:, 1:].contiguous(), None, product, 1)
-    with pytest.raises(RuntimeError, match="reads: expected 8 contiguous floats for each of 4 tokens, got 3 rows"):
-        native.project_next(own._replace(reads=own.reads[:3]), hidden, None, product, 1)
+    with pytest.raises(RuntimeError, match=f"layer 2, but {TURN} 1"):
+        native.project_next(own, hidden, None, product, 2)
+    narrow = own._replace(reads=own.reads[:, 1:].contiguous())
+    with pytest.raises(RuntimeError, match="reads: expected 8 contiguous floats for each of 4 tokens, got 4 rows of 7"):
+        native.project_next(narrow, hidden, None, product, 1)
     assert own.reads.isnan().all()
     for world, old in zip(stack.worlds, before, strict=True):
         assert same_bits(world.whole, old)

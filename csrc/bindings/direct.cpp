@@ -1,0 +1,54 @@
+// `deltamem_next` (step_ops.cpp) as a function of Python, in as little code as will do: in a decode step all of it is
+// fetched from memory again in each layer. A library of its own, and the only one that knows Python: its limited API, so
+// that it serves every Python from 3.10 on.
+#define Py_LIMITED_API 0x030a0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdint>
+
+namespace {
+
+const char* (*next)(void* rows, int64_t count, int64_t columns, int64_t dtype, void* reads, int64_t width, int64_t layer);
+
+// More rows than this run without Python's global lock: they take longer than others should wait.
+constexpr int64_t kShort = 64;
+
+PyObject* bind(PyObject*, PyObject* address) {
+  void* found = PyLong_AsVoidPtr(address);
+  if (PyErr_Occurred()) return nullptr;
+  next = reinterpret_cast<decltype(next)>(found);
+  Py_RETURN_NONE;
+}
+
+PyObject* next_layer(PyObject*, PyObject* const* given, Py_ssize_t n) {
+  if (n != 7 || next == nullptr) {
+    PyErr_SetString(PyExc_TypeError, "next_layer: expected 7 numbers, and bind before");
+    return nullptr;
+  }
+  void *const rows = PyLong_AsVoidPtr(given[0]), *const reads = PyLong_AsVoidPtr(given[4]);
+  const int64_t count = PyLong_AsLongLong(given[1]), columns = PyLong_AsLongLong(given[2]);
+  const int64_t dtype = PyLong_AsLongLong(given[3]), width = PyLong_AsLongLong(given[5]);
+  const int64_t layer = PyLong_AsLongLong(given[6]);
+  if (PyErr_Occurred()) return nullptr;
+  PyThreadState* others = count > kShort ? PyEval_SaveThread() : nullptr;
+  const char* wrong = next(rows, count, columns, dtype, reads, width, layer);
+  if (others) PyEval_RestoreThread(others);
+  if (wrong) {
+    PyErr_SetString(PyExc_RuntimeError, wrong);
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyMethodDef functions[] = {
+    {"bind", bind, METH_O, "Take the address of deltamem_next."},
+    {"next_layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(next_layer)), METH_FASTCALL,
+     "Run the next layer; see deltamem_vllm.ops.direct."},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__direct() { return PyModule_Create(&module); }

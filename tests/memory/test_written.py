@@ -1,0 +1,89 @@
+"""What Inductor writes for a layer that makes its rows itself."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor import config
+from torch._inductor.graph import GraphLowering
+
+from deltamem_vllm.memory import written
+from tests.memory.worker import SHAPE
+
+COLUMNS, HIDDEN = 72 + SHAPE.projected_columns, 24
+PRODUCT, OPERATOR = "torch.ops._C.onednn_mm.default(", "torch.ops.deltamem.project_next.default("
+
+
+def code_of(rows_of: Any, dtype: torch.dtype = torch.float32, read: torch.dtype = torch.float32) -> str:
+    """What is written for a call with these rows; nothing is run."""
+
+    def layer(hidden: Tensor, handler: Tensor) -> tuple[Tensor, Tensor]:
+        rows, reads = rows_of(hidden), torch.empty((hidden.shape[0], SHAPE.width), dtype=read)
+        torch.ops.deltamem.project_next(rows, reads, hidden, None, handler, 5)
+        return rows * 2, reads * 2
+
+    inputs = torch.empty((4, HIDDEN), dtype=dtype), torch.empty((), dtype=torch.int64)
+    torch._dynamo.mark_dynamic(inputs[0], 0)
+    code = []
+
+    def write(graph: GraphLowering) -> SimpleNamespace:
+        code.append(graph.codegen()[0].value)
+        return SimpleNamespace(call=lambda _: [torch.empty(4, COLUMNS), torch.empty(4, SHAPE.width)])
+
+    torch._dynamo.reset()
+    with (
+        config.patch(force_disable_caches=True),
+        mock.patch.object(GraphLowering, "compile_to_module", write),
+        torch.no_grad(),
+    ):
+        torch.compile(layer, fullgraph=True)(*inputs)
+    return "".join(code)
+
+
+def whole(hidden: Tensor) -> Tensor:
+    return hidden.new_empty((hidden.shape[0], COLUMNS))
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(torch.float32, 0), (torch.bfloat16, 1), (torch.float16, 2)])
+def test_a_layer_is_a_product_and_a_plain_call(dtype: torch.dtype, number: int) -> None:
+    code = code_of(whole, dtype)
+    assert OPERATOR not in code
+    assert code.count(PRODUCT) == 1
+    [call] = [line for line in code.splitlines() if written.CALL in line]
+    assert f".size(0), {COLUMNS}, {number}, " in call
+    assert call.endswith(f".data_ptr(), {SHAPE.width}, 5)")
+    assert code.index(PRODUCT) < code.index(call)
+
+
+def test_what_the_call_cannot_take_stays_an_operator() -> None:
+    for code in (
+        code_of(lambda hidden: hidden.new_empty((hidden.shape[0], COLUMNS + 1))[:, 1:]),
+        code_of(lambda hidden: hidden.new_empty((COLUMNS, hidden.shape[0])).t()),
+        code_of(lambda hidden: hidden.new_empty((hidden.shape[0] + 1, COLUMNS))),
+        code_of(whole, torch.float64),
+        code_of(whole, read=torch.float16),
+    ):
+        assert OPERATOR in code
+        assert PRODUCT not in code
+        assert written.CALL not in code
+
+
+def test_a_torch_that_is_not_understood_keeps_the_operator(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> list[str]:
+        raise AttributeError("no such thing as a layout")
+
+    monkeypatch.setattr(written, "_direct", fails)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        code = code_of(whole)
+    assert OPERATOR in code
+    assert written.CALL not in code
+    assert "layers are called through torch's dispatcher" in caplog.text
