@@ -126,7 +126,7 @@ class NativeOps:
     def __init__(self, library: Path) -> None:
         if not hasattr(torch.ops.deltamem_native, "page_scan"):
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-        direct.bind(library)
+            direct.bind(library)  # once: another file of the library would register its operators again
         self._scan = torch.ops.deltamem_native.page_scan.default
         self._first = torch.ops.deltamem_native.scan_first.default
         self._state = torch.ops.deltamem_native.page_state.default
