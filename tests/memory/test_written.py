@@ -14,8 +14,11 @@ from torch._inductor import config
 from torch._inductor.graph import GraphLowering
 
 from deltamem_vllm.memory import written
+from deltamem_vllm.memory.scan import scan_product
+from deltamem_vllm.ops.native import LayerRows, Product
 from tests.memory.worker import SHAPE
 
+PAGES = SimpleNamespace(place=5)
 COLUMNS, HIDDEN = 72 + SHAPE.projected_columns, 24
 PRODUCT, OPERATOR = "torch.ops._C.onednn_mm.default(", "torch.ops.deltamem.project_next.default("
 
@@ -25,7 +28,7 @@ def code_of(rows_of: Any, dtype: torch.dtype = torch.float32, read: torch.dtype 
 
     def layer(hidden: Tensor, handler: Tensor) -> tuple[Tensor, Tensor]:
         rows, reads = rows_of(hidden), torch.empty((hidden.shape[0], SHAPE.width), dtype=read)
-        torch.ops.deltamem.project_next(rows, reads, hidden, None, handler, 5)
+        scan_product(PAGES, LayerRows(rows, None, reads), hidden, None, Product(handler, COLUMNS))
         return rows * 2, reads * 2
 
     inputs = torch.empty((4, HIDDEN), dtype=dtype), torch.empty((), dtype=torch.int64)
