@@ -1,6 +1,6 @@
 """What the memory adds to a token: vLLM alone, with the memory, with LoRA; engines that take turns.
 
-    python -m loadtests.overhead [--starts 6] [--rounds 5] [--batches 1,8] [--prompts 128,2048] [--layers 28]
+    python -m loadtests.overhead [--starts 1] [--rounds 12] [--batches 1,8] [--prompts 128,2048] [--layers 28]
 
 Qwen3-0.6B's shape with random weights, fp32, on the CPU. Every arm is an engine of its own, as users start it
 (compiled; vLLM does not compile with LoRA on a CPU). In each round every arm runs the same batch, and arms change after
@@ -8,18 +8,19 @@ every step. Three engines of the whole model take 17 GB beside each other. The a
 percents have 8 of its 28 layers, and as large a share of its vocabulary; so can the others (``--layers 8``): what a
 step costs beside its layers then weighs three times as much.
 
-Two engines that are the same differ by percents, for as long as they live. So engines are started anew several times. A
-figure is the mean over the starts of the median of an arm's ratios to vanilla in the same step; beside it stands its
-standard error. Vanilla runs twice: memory is compared with both of its engines, and what the second one is to the first
-shows how far the noise goes. Time to the first token, which takes long to measure, is measured in every second start.
+Two engines that are the same differ by percents for as long as their weights lie where they lie. So before each round
+all arms pack all of their weights anew (`deltamem_vllm.report.placement`). A figure is the mean over the rounds of the
+median of an arm's ratios to vanilla in the same step; beside it stands its standard error. Vanilla runs twice: memory
+is compared with both of its engines, and what the second one is to the first shows how far the noise goes. Prompts of
+several steps, which take long, have half as many rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import math
+import random
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ FEW_LAYERS = 8
 STEP = 512
 """Tokens of a prompt that one step takes."""
 FEW_STEPS = 4
-"""So many times as many rounds for prompts of one step: one pause of the machine is then no longer half of them."""
+"""Prompts of one step that a round has: one pause of the machine is then no longer all of it."""
 CONTEXT = 64
 """Tokens of the prompts behind which time per token is measured."""
 
@@ -70,14 +71,28 @@ def setups(folder: Path, size: Size, options: dict[str, Any]) -> dict[str, Setup
 def measure(
     arms: dict[str, Arm], vocabulary: int, batches: Sequence[int], prompts: Sequence[int], tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row per measurement, see `row`."""
+    """One row per measurement and round, see `row`."""
+
+    def rows(
+        what: str, figure: Figure, batch: int, length: int, generated: int, rounds: int, times: int = 1
+    ) -> list[dict[str, Any]]:
+        def move(number: int) -> None:
+            if number % times == 1 % times:
+                for arm in arms.values():
+                    arm.drop_weights()
+                for name in random.Random(number).sample(list(arms), len(arms)):
+                    arms[name].pack_weights()
+
+        took = take_turns(arms, batch, length, generated, vocabulary, times * rounds, move)
+        starts = range(0, times * rounds, times)
+        return [row(what, {name: each[at : at + times] for name, each in took.items()}, figure) for at in starts]
+
     found = []
     for batch in batches:
-        took = take_turns(arms, batch, CONTEXT, tokens, vocabulary, rounds)
-        found.append(row(f"TPOT, B={batch}", took, per_token))
+        found += rows(f"TPOT, B={batch}", per_token, batch, CONTEXT, tokens, rounds)
     for length in prompts:
-        took = take_turns(arms, 1, length, 1, vocabulary, rounds if length > STEP else FEW_STEPS * rounds)
-        found.append(row(f"TTFT, {length} tokens", took, first))
+        many = {"rounds": -(-rounds // 2)} if length > STEP else {"rounds": rounds, "times": FEW_STEPS}
+        found += rows(f"TTFT, {length} tokens", first, 1, length, 1, **many)
     return found
 
 
@@ -93,17 +108,17 @@ def row(what: str, took: Took, figure: Figure) -> dict[str, Any]:
     return values
 
 
-def mean(starts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of several starts as one: means of their figures, and the standard error of the memory's."""
+def mean(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all rounds as one per measurement: means of their figures, and the memory's standard error."""
     by_what: dict[str, list[dict[str, Any]]] = {}
-    for row in itertools.chain(*starts):
-        by_what.setdefault(row["what"], []).append(row)
+    for each in rows:
+        by_what.setdefault(each["what"], []).append(each)
     found = []
-    for what, rows in by_what.items():
-        means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0] if name != "what"}
-        if len(rows) > 1:
-            error = statistics.stdev(row[f"{MEMORY} %"] for row in rows) / math.sqrt(len(rows))
-            means |= {f"{MEMORY} % ±": error, "starts": len(rows)}
+    for what, rounds in by_what.items():
+        means = {name: statistics.fmean(each[name] for each in rounds) for name in rounds[0] if name != "what"}
+        if len(rounds) > 1:
+            error = statistics.stdev(each[f"{MEMORY} %"] for each in rounds) / math.sqrt(len(rounds))
+            means |= {f"{MEMORY} % ±": error, "rounds": len(rounds)}
         found.append({"what": what, **means})
     return found
 
@@ -113,8 +128,8 @@ def run(
     prompts: Sequence[int] = (128, 2048),
     layers: int = QWEN3_0_6B.layers,
     tokens: int = 16,
-    rounds: int = 5,
-    starts: int = 6,
+    rounds: int = 12,
+    starts: int = 1,
     eager: bool = False,
 ) -> list[dict[str, Any]]:
     """Start the arms and measure; rows as of `measure`, those of the close arms first. Time to the first token is not
@@ -129,21 +144,20 @@ def run(
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
             return measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
 
-    lengths = [prompts, ()] if batches else [prompts]
     # The same files for all starts: what vLLM has compiled for one of them the next one finds.
     with tempfile.TemporaryDirectory() as files:
         size, few = QWEN3_0_6B.share(layers), QWEN3_0_6B.share(min(layers, FEW_LAYERS))
         all_layers, few_layers = (setups(Path(files, f"{each.layers}"), each, options) for each in (size, few))
-        close = mean([once(all_layers, CLOSE, size, lengths[i % len(lengths)]) for i in range(starts)])
-        far = once(few_layers, FAR, few, ()) if batches else []
+        close = mean([row for _ in range(starts) for row in once(all_layers, CLOSE, size, prompts)])
+        far = mean(once(few_layers, FAR, few, ())) if batches else []
     return close + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--starts", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--prompts", default="128,2048")

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from deltamem_vllm.errors import DeltaMemError
+from deltamem_vllm.report.placement import PackedWeights
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.store.codec import encode
 from deltamem_vllm.store.protocol import SessionKey
@@ -128,6 +129,23 @@ class Arm:
         timing: Timing = self._call("end")
         return timing
 
+    def drop_weights(self) -> None:
+        """See `PackedWeights.drop`.
+
+        Raises:
+            ArmError: the engine's process died.
+        """
+        self._call("drop_weights")
+
+    def pack_weights(self) -> int:
+        """See `PackedWeights.pack`.
+
+        Raises:
+            ArmError: the engine's process died, or has no room for its weights.
+        """
+        packed: int = self._call("pack_weights")
+        return packed
+
     def facts(self) -> dict[str, Any]:
         """See `Served.facts`; and ``peak_bytes``: most memory that the engine's processes have held, added up."""
         found: dict[str, Any] = self._call("facts")
@@ -199,10 +217,14 @@ class Served:
         self._tickets: list[str] = []
         self._waiting: set[str] = set()
         self._timing = Timing(0.0, [], 0.0)
+        self._weights = PackedWeights()
 
     def start(self, setup: Setup, store: str) -> None:
         """Start the engine."""
+        from vllm import _custom_ops
+
         options, self._store = dict(setup.options), store
+        self._weights.watch(_custom_ops)
         if setup.lora is not None:
             from vllm.lora.request import LoRARequest
 
@@ -260,6 +282,14 @@ class Served:
         commit = time.perf_counter() - begun if self._tickets else 0.0
         self._tickets = []
         return replace(self._timing, commit=commit)
+
+    def drop_weights(self) -> None:
+        """See `PackedWeights.drop`."""
+        self._weights.drop()
+
+    def pack_weights(self) -> int:
+        """See `PackedWeights.pack`."""
+        return self._weights.pack()
 
     def facts(self) -> dict[str, Any]:
         """The engine's settings, and what its sizes came to: tokens that its KV cache holds, and bytes of one session's

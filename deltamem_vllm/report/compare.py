@@ -28,16 +28,26 @@ def per_token(timing: Timing) -> list[float]:
     return timing.gaps
 
 
-def take_turns(arms: Mapping[str, Arm], batch: int, length: int, tokens: int, vocabulary: int, rounds: int) -> Took:
+def take_turns(
+    arms: Mapping[str, Arm],
+    batch: int,
+    length: int,
+    tokens: int,
+    vocabulary: int,
+    rounds: int,
+    before: Callable[[int], object] = lambda number: None,
+) -> Took:
     """Have every arm run a batch of prompts once per round, one step after the other's, in an order that changes with
     every step; a first round only warms up.
 
     Args:
         length: tokens of each prompt; random ones, others in each round, so that no cache helps.
         tokens: to generate for each.
+        before: called before each round, with its number; 0 is the one that warms up.
     """
     took: Took = {name: [] for name in arms}
     for number in range(rounds + 1):
+        before(number)
         dice = random.Random(number)
         prompts = [[dice.randrange(3, vocabulary) for _ in range(length)] for _ in range(batch)]
         for name in dice.sample(list(arms), len(arms)):

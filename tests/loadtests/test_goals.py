@@ -76,13 +76,54 @@ def test_a_figure_within_the_noise_says_nothing(again: float, said: str) -> None
     assert line.endswith(f"| -2.00 ± 0.25 | {said} |")
 
 
-def test_starts_are_averaged() -> None:
+def test_rounds_are_averaged() -> None:
     one, two, further = ({"what": "TPOT", "vanilla ms": 2.0, "memory %": percent} for percent in (-1.0, 4.0, 0.0))
-    starts = [[one, {**further, "what": "TTFT"}], [two]]
-    assert overhead.mean(starts) == [
-        {"what": "TPOT", "vanilla ms": 2.0, "memory %": 1.5, "memory % ±": pytest.approx(2.5), "starts": 2},
+    assert overhead.mean([one, {**further, "what": "TTFT"}, two]) == [
+        {"what": "TPOT", "vanilla ms": 2.0, "memory %": 1.5, "memory % ±": pytest.approx(2.5), "rounds": 2},
         {"what": "TTFT", "vanilla ms": 2.0, "memory %": 0.0},
     ]
+
+
+class Counted:
+    """An arm without an engine: its steps take as long as the number of times that its weights were moved."""
+
+    def __init__(self) -> None:
+        self.moved = self.left = 0
+        self.dropped = False
+        self.timing = Timing(0.0, [], 0.0)
+
+    def drop_weights(self) -> None:
+        assert not self.dropped
+        self.dropped = True
+
+    def pack_weights(self) -> int:
+        assert self.dropped
+        self.dropped = False
+        self.moved += 1
+        return 1
+
+    def begin(self, prompts: list[list[int]], tokens: int) -> None:
+        assert not self.dropped
+        self.left, self.timing = tokens, Timing(float(self.moved), [], 0.0)
+
+    def step(self) -> bool:
+        self.left -= 1
+        self.timing.gaps.append(float(self.moved))
+        return self.left > 0
+
+    def end(self) -> Timing:
+        return self.timing
+
+
+def test_every_row_is_of_other_places_of_the_weights() -> None:
+    """Before each round every arm moves its weights: where a round has several prompts, they run on the same."""
+    arms: dict[str, Any] = {name: Counted() for name in overhead.CLOSE}
+    rows = overhead.measure(arms, 100, [2], [128, 2048], tokens=3, rounds=4)
+    assert [row["what"] for row in rows] == ["TPOT, B=2"] * 4 + ["TTFT, 128 tokens"] * 4 + ["TTFT, 2048 tokens"] * 2
+    places = [row["vanilla ms"] / 1e3 for row in rows]
+    assert all(place == round(place) for place in places), "a row mixes places"
+    assert len(set(places)) == len(rows), "two rows are of the same places"
+    assert all(row["memory %"] == row["vanilla again %"] == 0 for row in rows), "an arm was left where it was"
 
 
 def test_memory_is_compared_with_both_engines_of_vanilla() -> None:

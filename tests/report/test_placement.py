@@ -1,0 +1,47 @@
+"""Weights that vLLM has packed give up their place and get another; products find them there."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from vllm import _custom_ops as ops
+
+from deltamem_vllm.report.placement import PackedWeights
+
+COLUMNS, INPUTS = 192, 64
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> PackedWeights:
+    """What is packed in the test."""
+    monkeypatch.setattr(ops, "create_onednn_mm", ops.create_onednn_mm)  # put back afterwards
+    made = PackedWeights()
+    made.watch(ops)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_finds_its_weight_in_the_new_place(watched: PackedWeights, dtype: torch.dtype) -> None:
+    hidden = torch.randn(3, INPUTS).to(dtype)
+    packed = [ops.create_onednn_mm(torch.zeros(COLUMNS, INPUTS, dtype=dtype).t(), 32) for _ in range(3)]
+    assert not any(bool(ops.onednn_mm(each, hidden, None).any()) for each in packed)
+    watched.drop()
+    assert not any(each.handler_tensor.item() for each in packed)
+    assert watched.pack() == 3
+    for each in packed:
+        made: Any = ops.onednn_mm(each, hidden, None)
+        assert made.shape == (3, COLUMNS)
+        assert bool(made.isfinite().all())
+        assert bool(made.any()), "the product is still that of the old weight"
+
+
+def test_what_is_gone_is_not_packed(watched: PackedWeights) -> None:
+    kept, gone = (ops.create_onednn_mm(torch.zeros(COLUMNS, INPUTS).t(), 32) for _ in range(2))
+    del gone
+    gc.collect()
+    watched.drop()
+    assert watched.pack() == 1
+    assert kept.handler_tensor.item()
