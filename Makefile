@@ -20,7 +20,7 @@ help:
 	@echo 'make nightly  all tests with their campaigns at full size'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make docs     the documentation as a site, in build/docs; parts that are made from the code are made anew'
-	@echo 'make bench    operators, sessions, hooks, histories and vLLM with and without memory on this machine (fifty minutes)'
+	@echo 'make bench    operators, sessions, hooks, histories and vLLM with and without memory on this machine (about an hour)'
 	@echo 'make load     vLLM alone and with memory under the same load of many sessions: percentiles, goodput, cold starts'
 	@echo 'make chaos    replicas killed under load, the store cut, silent, slow, full, a soak: every version looked for afterwards'
 	@echo 'make bench-gpu  build, check and measure everything on one NVIDIA GPU (PY=python3: torch, Triton and nvcc, not vLLM)'

@@ -5,7 +5,6 @@ HMAC of them instead. The key is one secret per server (`deltamem_vllm.config.Se
 nothing to whoever does not have it, and cannot be made by a client.
 """
 
-import hashlib
 import hmac
 
 MIN_SECRET_BYTES = 32
@@ -14,11 +13,11 @@ LABEL_DIGITS = 12
 
 def mac(secret: bytes, *parts: str) -> str:
     """HMAC-SHA-256 of a list of texts, 32 hex digits; no two lists run into each other."""
-    keyed = hmac.new(secret, digestmod=hashlib.sha256)
+    message = b""
     for part in parts:
         raw = part.encode("utf-8", "surrogatepass")
-        keyed.update(len(raw).to_bytes(8, "little") + raw)
-    return keyed.hexdigest()[:32]
+        message += len(raw).to_bytes(8, "little") + raw
+    return hmac.digest(secret, message, "sha256").hex()[:32]
 
 
 class Names:

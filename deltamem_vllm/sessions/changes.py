@@ -6,13 +6,13 @@ servers, and is told only once the store has it. What the device holds needs no 
 
 import asyncio
 import contextlib
-import dataclasses
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from msgspec import structs
 
 from deltamem_vllm import metrics
 from deltamem_vllm.audit.chain import Event
@@ -87,7 +87,7 @@ async def _in_turn(
             return last
         await service.quotas.check(key, last)
         now = time.time()
-        record = dataclasses.replace(
+        record = structs.replace(
             made,
             key=key,
             version=last.version + 1 if last is not None else 1,
@@ -124,13 +124,28 @@ async def in_turn(service: "SessionService", session: Session, ticket: str) -> A
     Raises:
         CapacityError: 409; the turn did not come in time.
     """
-    until = asyncio.get_running_loop().time() + service.queue_seconds
-    async with contextlib.AsyncExitStack() as held:
-        with timed(service.meters, metrics.QUEUE_WAIT):
-            owned = service.directory.owned(session, ticket, service.queue_depth, service.queue_seconds)
-            await held.enter_async_context(owned)
-            await held.enter_async_context(service.leases.holding(session, until))
+    with timed(service.meters, metrics.QUEUE_WAIT):
+        await _own(service, session, ticket)
+    try:
         yield
+    except BaseException:
+        _give_back(service, session, ticket)
+        raise
+
+
+async def _own(service: "SessionService", session: Session, ticket: str) -> None:
+    until = asyncio.get_running_loop().time() + service.queue_seconds
+    await session.acquire(ticket, service.queue_depth, service.queue_seconds)
+    try:
+        await service.leases.take(session, until)
+    except BaseException:
+        _give_back(service, session, ticket)
+        raise
+
+
+def _give_back(service: "SessionService", session: Session, ticket: str) -> None:
+    service.leases.done(session)
+    session.release(ticket)
 
 
 def blank(service: "SessionService", key: SessionKey) -> Record:

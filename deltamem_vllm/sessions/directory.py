@@ -1,9 +1,8 @@
 """Which sessions this engine knows, who owns each, and who waits. Used by the service's event loop only."""
 
 import asyncio
-import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -236,13 +235,3 @@ class Directory:
                 continue
             self.drop(session)
             self.dropped += 1
-
-    @contextlib.asynccontextmanager
-    async def owned(self, session: Session, ticket: str, depth: int, seconds: float) -> AsyncIterator[None]:
-        """Own a session while the block runs; keeps it on success, releases it on error."""
-        await session.acquire(ticket, depth, seconds)
-        try:
-            yield
-        except BaseException:
-            session.release(ticket)
-            raise

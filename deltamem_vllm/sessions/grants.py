@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import numpy as np
 from blake3 import blake3
 
@@ -50,8 +51,7 @@ class History:
     cut: Cut | None
 
 
-@dataclass(frozen=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True, eq=False):
     """One admitted request.
 
     Attributes:
@@ -101,7 +101,7 @@ def state_digest(state: np.ndarray | None) -> str:
     nowhere."""
     if state is None:
         return ZERO
-    return blake3(np.ascontiguousarray(state).tobytes()).hexdigest(16)
+    return blake3(np.ascontiguousarray(state).data.cast("B")).hexdigest(16)
 
 
 def cache_salt(

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -68,9 +68,8 @@ class EngineLeases:
         """Sessions whose lease this engine has, as far as it knows."""
         return len(self._held)
 
-    @contextlib.asynccontextmanager
-    async def holding(self, session: Session, until: float) -> AsyncIterator[None]:
-        """Hold a session's lease from here on; given back if the block fails.
+    async def take(self, session: Session, until: float) -> None:
+        """Hold a session's lease from here on, until `done`; where this fails, too.
 
         Args:
             session: owned by the caller's request.
@@ -79,13 +78,8 @@ class EngineLeases:
         Raises:
             CapacityError: 409; another server still has it.
         """
-        try:
-            if self._leases is not None:
-                await self._take(self._leases, session, until)
-            yield
-        except BaseException:
-            self.done(session)
-            raise
+        if self._leases is not None:
+            await self._take(self._leases, session, until)
 
     def done(self, session: Session) -> None:
         """A request's outcome is known: release the lease soon, unless the session's next request is here. Never

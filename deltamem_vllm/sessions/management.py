@@ -3,12 +3,11 @@
 Every answer is a msgpack map. What creates or changes a session goes through `deltamem_vllm.sessions.changes`.
 """
 
-import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
+from msgspec import structs
 
 from deltamem_vllm.audit.chain import Event
 from deltamem_vllm.errors import CorruptRecord, SessionError
@@ -116,7 +115,7 @@ async def create(
         SessionError: 409; it exists.
     """
     attributes = _checked(Attributes(metadata=metadata, ttl=ttl, write=write))
-    first = dataclasses.replace(blank(service, key), attributes=pack(attributes))
+    first = structs.replace(blank(service, key), attributes=pack(attributes))
     return await _install(service, key, name, first, "create")
 
 
@@ -127,8 +126,8 @@ async def update(
 
     def make(record: Record) -> Record | None:
         before = unpack(record.attributes)
-        after = _checked(msgspec.structs.replace(before, **fields))
-        return None if after == before else dataclasses.replace(record, attributes=pack(after))
+        after = _checked(structs.replace(before, **fields))
+        return None if after == before else structs.replace(record, attributes=pack(after))
 
     return await _change(service, key, name, make, if_match, "metadata")
 
@@ -137,8 +136,8 @@ async def reset(service: "SessionService", key: SessionKey, name: str, if_match:
     """Empty the memory; what belongs to the session beside it stays."""
 
     def make(record: Record) -> Record:
-        kept = msgspec.structs.replace(unpack(record.attributes), chain=None)
-        return dataclasses.replace(blank(service, key), attributes=pack(kept))
+        kept = structs.replace(unpack(record.attributes), chain=None)
+        return structs.replace(blank(service, key), attributes=pack(kept))
 
     return await _change(service, key, name, make, if_match, "reset")
 
@@ -163,8 +162,8 @@ async def rollback(
             )
         service.records.verify(old)
         chain = unpack(old.attributes).chain
-        kept = msgspec.structs.replace(unpack(record.attributes), chain=chain)
-        return dataclasses.replace(old, attributes=pack(kept))
+        kept = structs.replace(unpack(record.attributes), chain=chain)
+        return structs.replace(old, attributes=pack(kept))
 
     return await _change(service, key, name, make, if_match, "rollback")
 
@@ -202,10 +201,10 @@ async def export(
     if version is not None and version != record.version:
         kept = await service.records.kept(record, version)
         # As with a rollback: what was erased beside the memory must not come back with an older one.
-        beside = msgspec.structs.replace(unpack(record.attributes), chain=unpack(kept.attributes).chain)
-        record = dataclasses.replace(kept, attributes=pack(beside))
+        beside = structs.replace(unpack(record.attributes), chain=unpack(kept.attributes).chain)
+        record = structs.replace(kept, attributes=pack(beside))
     named = SessionKey(PORTABLE, key.session)
-    portable = dataclasses.replace(record, key=named, incarnation=NOWHERE, request_id=PORTABLE)
+    portable = structs.replace(record, key=named, incarnation=NOWHERE, request_id=PORTABLE)
     await service.commits.note("export", key, record.version)
     return {"version": record.version, "data": sealing.encode(portable)}
 
@@ -243,11 +242,11 @@ async def install(
         raise SessionError(f"this is no exported session: {e}", status=422, parameter="body") from None
     service.records.verify(record)
     if forked_from is not None:
-        attributes = msgspec.structs.replace(attributes, forked_from=forked_from)
+        attributes = structs.replace(attributes, forked_from=forked_from)
     else:
         _check_norms(record)
     event: Event = "import" if forked_from is None else "fork"
-    return await _install(service, key, name, dataclasses.replace(record, attributes=pack(attributes)), event)
+    return await _install(service, key, name, structs.replace(record, attributes=pack(attributes)), event)
 
 
 def _check_norms(record: Record) -> None:

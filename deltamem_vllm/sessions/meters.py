@@ -70,8 +70,7 @@ def conflicts(meters: Meters) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if (reason := _refusal(error)) in ("busy", "precondition"):
-            meters.add(metrics.CONFLICTS, reason)
+        _count_conflict(meters, _refusal(error))
         raise
 
 
@@ -85,19 +84,28 @@ def turned_away(meters: Meters) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def admission(meters: Meters, elided: int) -> Iterator[None]:
-    """Count what becomes of a request that asks for its turn.
+def count_refusal(meters: Meters, error: BaseException) -> None:
+    """A request that asked for its turn did not get it."""
+    reason = _refusal(error)
+    meters.add(metrics.ADMISSIONS, reason)
+    _count_conflict(meters, reason)
+
+
+def count_admission(meters: Meters, elided: int, seconds: float) -> None:
+    """A request got its turn.
 
     Args:
         elided: tokens of its conversation that its prompt does not have.
+        seconds: since it asked.
     """
-    start = time.perf_counter()
-    with turned_away(meters), conflicts(meters):
-        yield
     meters.add(metrics.ADMISSIONS, "granted")
     meters.add(metrics.TOKENS_ELIDED, by=elided)
-    meters.observe(metrics.ADMISSION_SECONDS, time.perf_counter() - start)
+    meters.observe(metrics.ADMISSION_SECONDS, seconds)
+
+
+def _count_conflict(meters: Meters, reason: str) -> None:
+    if reason in ("busy", "precondition"):
+        meters.add(metrics.CONFLICTS, reason)
 
 
 def _refusal(error: BaseException) -> str:

@@ -3,12 +3,11 @@
 They lie in the attributes of the session's latest record, so that they move with it. A change of them is a version.
 """
 
-import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
+from msgspec import structs
 
 from deltamem_vllm.errors import CorruptRecord, SessionError
 from deltamem_vllm.sessions import attributes, changes, facts
@@ -126,4 +125,4 @@ def _with(record: Record, made: Facts) -> Record | None:
     before = attributes.unpack(record.attributes)
     if before.facts == made:
         return None
-    return dataclasses.replace(record, attributes=attributes.pack(msgspec.structs.replace(before, facts=made)))
+    return structs.replace(record, attributes=attributes.pack(structs.replace(before, facts=made)))

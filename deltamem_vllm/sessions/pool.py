@@ -57,8 +57,8 @@ class SessionPool:
             ValueError: there is no such block.
         """
         block = manager_block * self.layers[0].blocks_per_manager_block
-        if not 0 <= block < len(self.layers[0].masks.limits):
-            raise ValueError(f"block {manager_block} is none of the {len(self.layers[0].masks.limits)} pages")
+        if not 0 <= block < self.layers[0].masks.blocks:
+            raise ValueError(f"block {manager_block} is none of the {self.layers[0].masks.blocks} pages")
         return block
 
     def take(self, commits: Sequence[Commit]) -> list[bytes | Exception]:
@@ -94,7 +94,7 @@ class SessionPool:
 
     def set_limit(self, block: int, limit: int) -> None:
         """From which position on the request that starts at a block only reads."""
-        self.layers[0].masks.limits[self.kernel_block(block)] = limit
+        self.layers[0].masks.limit([self.kernel_block(block)], [limit])
 
     def _take(self, commits: Sequence[Commit]) -> list[bytes]:
         tokens = self.layers[0].tokens
@@ -156,8 +156,7 @@ class SessionPool:
             )
         self._put(newest, filled)
         if blocks:
-            table = self.layers[0].masks.limits
-            table[blocks] = torch.tensor(limits, dtype=table.dtype, device=table.device)
+            self.layers[0].masks.limit(blocks, limits)
         return [None] * len(seeds)
 
     def _mark(self, marks: Sequence[Mark]) -> list[None]:
@@ -175,7 +174,7 @@ class SessionPool:
         return [None] * len(marks)
 
     def _orders(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
+        return torch.from_numpy(np.array(values, np.int32)).to(self.device)
 
     def _local(self, payload: bytes) -> torch.Tensor:
         """This worker's layers of a whole session state, bytes of [all layers, H, r, r] fp32."""

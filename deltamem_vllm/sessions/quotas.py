@@ -21,6 +21,7 @@ logger = logging.getLogger("vllm.deltamem")
 FRESH_SECONDS = 1.0
 """How long a tenant's usage is believed to leave room. It is asked for again before anybody is refused."""
 MAX_TENANTS = 10_000
+_NONE = Quota()
 
 
 class Quotas:
@@ -83,7 +84,7 @@ class Quotas:
             QuotaExceeded: 429.
         """
         version = record.version if record is not None else 0
-        both = ((self.quota, "the store's"), (self._own.get(key.tenant, Quota()), "the tenant's"))
+        both = ((self.quota, "the store's"), (self._own.get(key.tenant, _NONE), "the tenant's"))
         quotas = [(quota, whose) for quota, whose in both if version < self._growth(quota)]
         if not quotas:
             return

@@ -157,6 +157,8 @@ class Records:
         Raises:
             SessionError: 422.
         """
+        if (record.adapter, record.model, record.layout) == (self.adapter, self.model, self.layout):
+            return
         for what, have, want in (
             ("adapter", record.adapter, self.adapter),
             ("model", record.model, self.model),

@@ -35,7 +35,7 @@ from deltamem_vllm.sessions.histories import check_rendered_from
 from deltamem_vllm.sessions.leases import EngineLeases
 from deltamem_vllm.sessions.masks import Spans, conversation, place
 from deltamem_vllm.sessions.metered import metered
-from deltamem_vllm.sessions.meters import Meters, Sample, admission
+from deltamem_vllm.sessions.meters import Meters, Sample, count_admission, count_refusal
 from deltamem_vllm.sessions.quality import Corrections, Quality, SampleOfMemory
 from deltamem_vllm.sessions.quotas import Quotas
 from deltamem_vllm.sessions.rates import Rates
@@ -237,15 +237,18 @@ class SessionService:
         if ticket in self._admitting or ticket in self.tickets:
             raise SessionError(f"ticket {ticket!r} is in use: make a fresh one for each request", status=400)
         self._admitting[ticket] = asyncio.current_task()
+        start = time.perf_counter()
+        asked = (session, ticket, mode, tokens, clients_salt, held, spans, offered, pins, history, if_match)
         try:
-            asked = (session, ticket, mode, tokens, clients_salt, held, spans, offered, pins, history, if_match)
-            with admission(self.meters, elided):
-                if mode == "readwrite":
-                    async with in_turn(self, session, ticket):
-                        return await self._grant(*asked)
-                return await self._grant(*asked)
+            async with in_turn(self, session, ticket) if mode == "readwrite" else contextlib.nullcontext():
+                granted = await self._grant(*asked)
+        except BaseException as error:
+            count_refusal(self.meters, error)
+            raise
         finally:
             self._admitting.pop(ticket, None)
+        count_admission(self.meters, elided, time.perf_counter() - start)
+        return granted
 
     async def _grant(
         self,
@@ -279,7 +282,7 @@ class SessionService:
         base = None
         if record is not None:
             base = record.end if plan.kind == "new" else record.base
-            base = base if base.any() else None  # the empty memory has one name only
+            base = base if base.item(0) or base.any() else None  # the empty memory has one name only
         grant = Grant(
             ticket=ticket,
             key=session.key,

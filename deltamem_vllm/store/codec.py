@@ -38,6 +38,8 @@ from deltamem_vllm.store.parts import (
     parse_metadata,
     parse_payload,
     payload_of,
+    usual_metadata,
+    usual_payload,
 )
 from deltamem_vllm.store.protocol import MAX_ATTRIBUTES_BYTES, Record, SessionKey
 
@@ -48,6 +50,8 @@ MAX_METADATA_BYTES = 16 * 1024
 
 _MAGIC = b"DMEMREC\n"
 _HEAD = struct.Struct("<8sHHIII")
+_USUAL_HEAD = struct.Struct("<12sIII")  # the same, magic and format in one piece
+_USUAL_START = _HEAD.pack(_MAGIC, FORMAT, 0, 0, 0, 0)[:12]
 _SUM_BYTES = 32
 _SUM_CONTEXT = "deltamem-vllm 2026-11-28 checksum of a session record"
 _SEAL_OVERHEAD = MAX_WINDOW_BYTES + 64  # format 2 has the window, its length and a tag in there too
@@ -87,7 +91,7 @@ def encode(record: Record) -> bytes:
         CorruptRecord: the record is not valid; the message names the field.
     """
     metadata, body = parts_of(record)
-    return pack(FORMAT, metadata, b"", body)
+    return pack(FORMAT, metadata, b"", *body)
 
 
 def decode(data: bytes, *, key: SessionKey | None = None) -> Record:
@@ -104,12 +108,49 @@ def decode(data: bytes, *, key: SessionKey | None = None) -> Record:
     Raises:
         CorruptRecord: naming what failed.
     """
+    record = _usual_record(data, key)
+    if record is not None:
+        return record
     form = format_of(data)
     if form == FIRST_FORMAT:
         metadata, window, payload = unpack(data, FIRST_FORMAT)
         return record_of(metadata, window, b"", payload, key)
     metadata, _, body = unpack(data, form if form in PLAIN_FORMATS else FORMAT)
     return record_of(metadata, *split(body), key)
+
+
+def _usual_record(data: bytes, key: SessionKey | None) -> Record | None:
+    """A record of the present format as :func:`encode` writes it, everything verified; None of all others, be they
+    wrong or only unusual: what then follows finds out, part by part, and says it.
+
+    One pass, because a restore is mostly this, and takes as long as there are lines of Python in it.
+    """
+    size = len(data)
+    if not _HEAD.size + _BODY.size + _SUM_BYTES < size <= MAX_RECORD_BYTES:
+        return None
+    start, metadata_bytes, middle_bytes, body_bytes = _USUAL_HEAD.unpack_from(data)
+    body_at, sum_at = _HEAD.size + metadata_bytes, size - _SUM_BYTES
+    if start != _USUAL_START or middle_bytes or metadata_bytes > MAX_METADATA_BYTES or body_at + body_bytes != sum_at:
+        return None
+    if body_bytes < _BODY.size or checksum(memoryview(data)[:sum_at]) != data[sum_at:]:
+        return None
+    known = usual_metadata(data[_HEAD.size : body_at])
+    window_bytes, attributes_bytes = _BODY.unpack_from(data, body_at)
+    if known is None or window_bytes > MAX_WINDOW_BYTES or attributes_bytes > MAX_ATTRIBUTES_BYTES:
+        return None
+    window_at = body_at + _BODY.size
+    attributes_at = window_at + window_bytes
+    payload_at = attributes_at + attributes_bytes
+    states = usual_payload(data, payload_at, sum_at, parse_layout(known.layout))
+    if states is None:
+        return None
+    base, end = states
+    return Record(
+        key=key_of(known.tenant, known.session, key), version=known.version, incarnation=known.incarnation,
+        request_id=known.request_id, adapter=known.adapter, model=known.model, layout=known.layout, base=base, end=end,
+        window=data[window_at:attributes_at], created_at=known.created_at, updated_at=known.updated_at,
+        tokens=known.tokens, windows=known.windows, attributes=data[attributes_at:payload_at],
+    )  # fmt: skip
 
 
 class Plain:
@@ -125,8 +166,8 @@ class Plain:
 PLAIN: RecordCodec = Plain()
 
 
-def parts_of(record: Record) -> tuple[bytes, bytes]:
-    """Metadata and body of a record that is valid.
+def parts_of(record: Record) -> tuple[bytes, list[Buffer]]:
+    """Metadata of a record that is valid, and its body in pieces.
 
     Raises:
         CorruptRecord: it is not; the message names the field.
@@ -135,7 +176,7 @@ def parts_of(record: Record) -> tuple[bytes, bytes]:
     metadata = metadata_of(record)
     bound("metadata", len(metadata), MAX_METADATA_BYTES)
     lengths = _BODY.pack(len(record.window), len(record.attributes))
-    return metadata, b"".join((lengths, record.window, record.attributes, *payload_of(record)))
+    return metadata, [lengths, record.window, record.attributes, *payload_of(record)]
 
 
 def split(body: Buffer) -> tuple[bytes, bytes, memoryview]:
@@ -157,9 +198,9 @@ def split(body: Buffer) -> tuple[bytes, bytes, memoryview]:
     return bytes(parts[_BODY.size : attributes_at]), bytes(parts[attributes_at:payload_at]), parts[payload_at:]
 
 
-def pack(form: int, metadata: bytes, middle: bytes, last: Buffer) -> bytes:
-    """Three parts with header and checksum."""
-    data = b"".join((header(form, metadata, len(middle), len(last)), middle, last))
+def pack(form: int, metadata: bytes, middle: bytes, *last: Buffer) -> bytes:
+    """Three parts with header and checksum; the last one, which is large, may come in pieces of bytes."""
+    data = b"".join((header(form, metadata, len(middle), sum(map(len, last))), middle, *last))
     return data + checksum(data, form)
 
 
@@ -215,7 +256,7 @@ def record_of(metadata: bytes, window: bytes, attributes: bytes, payload: Buffer
         CorruptRecord: naming what failed.
     """
     fields = parse_metadata(metadata)
-    own = key_of(fields, key)
+    own = key_of(fields.pop("tenant"), fields.pop("session"), key)
     base, end = parse_payload(payload, parse_layout(fields["layout"]))
     record = Record(key=own, base=base, end=end, window=window, attributes=attributes, **fields)
     check_fields(record)

@@ -162,7 +162,8 @@ class SealedCodec:
         Raises:
             CorruptRecord: the record is not valid; the message names the field.
         """
-        metadata, body = codec.parts_of(record)
+        metadata, pieces = codec.parts_of(record)
+        body = b"".join(pieces)
         middle = self._writer.encode() + b"\0" + secrets.token_bytes(_NONCE_BYTES)
         bound = _associated(FORMAT, metadata, middle, len(body) + _TAG_BYTES)
         sealed = self._ciphers[self._writer].encrypt(middle[-_NONCE_BYTES:], body, bound)

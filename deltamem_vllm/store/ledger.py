@@ -5,15 +5,31 @@ A store reads a :class:`View` of the session and the tenant's :class:`Usage` ins
 conformance suite compares.)
 """
 
-import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from deltamem_vllm.errors import QuotaExceeded, StaleVersion, StoreError, VersionNotKept
+from msgspec import structs
+
+from deltamem_vllm.errors import CorruptRecord, QuotaExceeded, StaleVersion, StoreError, VersionNotKept
+from deltamem_vllm.store.codec import RecordCodec
 from deltamem_vllm.store.leases import fenced
-from deltamem_vllm.store.protocol import Expect, Outcome, Quota, Record, SessionKey, StateStore, Usage, admit
+from deltamem_vllm.store.protocol import (
+    Expect,
+    Outcome,
+    Outcomes,
+    Put,
+    Quota,
+    Record,
+    SessionKey,
+    StateStore,
+    Usage,
+    admit,
+)
+
+Encoded = dict[int, tuple[Record, Expect | None, bytes]]
+"""By the caller's index: record, what its writer saw, encoded record."""
 
 
 class View(NamedTuple):
@@ -21,7 +37,8 @@ class View(NamedTuple):
 
     Attributes:
         head: (version, incarnation, request_id) of the newest version; None: no session.
-        kept: version -> (request_id, bytes) of each kept version, the newest included.
+        kept: version -> (request_id, bytes) of each kept version, the newest included; a store may leave out those
+            that a write concerns in no way, which are neither of its number nor kept no more with it.
     """
 
     head: tuple[int, str, str] | None = None
@@ -79,8 +96,20 @@ class Write(NamedTuple):
     change: Change
 
 
+def encoded(puts: Sequence[Put], codec: RecordCodec) -> tuple[Encoded, Outcomes]:
+    """A group as :func:`plan` takes it, and the outcome of each item so far: a record that is not valid has one."""
+    made: Encoded = {}
+    outcomes: Outcomes = [None] * len(puts)
+    for index, (record, expect) in enumerate(puts):
+        try:
+            made[index] = (record, expect, codec.encode(record))
+        except CorruptRecord as error:
+            outcomes[index] = error
+    return made, outcomes
+
+
 def plan(
-    puts: Mapping[int, tuple[Record, Expect | None, bytes]],
+    puts: Encoded,
     views: dict[SessionKey, View],
     usages: dict[str, Usage],
     quota: Quota,
@@ -90,7 +119,7 @@ def plan(
     """What a group writes, in order, each item seeing those before it.
 
     Args:
-        puts: by the caller's index: record, what its writer saw, encoded record.
+        puts: see :func:`encoded`.
         views: of every session of the group that exists; brought up to date.
         usages: of every tenant of the group that has one; brought up to date.
         fences: sessions on which another holder has a live lease, with its seconds left.
@@ -154,7 +183,7 @@ def check_keep(keep: int) -> int:
 
 def restored(old: Record, newest: Record, request_id: str) -> Record:
     """What a rollback commits: the memory of ``old`` with the attributes of ``newest``, one version on."""
-    return dataclasses.replace(
+    return structs.replace(
         old,
         version=newest.version + 1,
         request_id=request_id,

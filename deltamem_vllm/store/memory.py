@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from deltamem_vllm.errors import StoreError, StoreUnavailable
 from deltamem_vllm.store.codec import PLAIN, RecordCodec
-from deltamem_vllm.store.ledger import View, check_keep, decide, roll_back
+from deltamem_vllm.store.ledger import View, check_keep, decide, encoded, roll_back
 from deltamem_vllm.store.protocol import (
     Expect,
     Keys,
@@ -91,7 +91,9 @@ class MemoryStore:
         return sorted(infos, key=lambda info: -info.version)[: max(0, limit)]
 
     def put(self, record: Record, expect: Expect | None) -> None:
-        blob = self.codec.encode(record)
+        self._put(record, expect, self.codec.encode(record))
+
+    def _put(self, record: Record, expect: Expect | None, blob: bytes) -> None:
         key = record.key
         with self._lock:
             session = self._open().get(key) or _Session()
@@ -107,14 +109,12 @@ class MemoryStore:
             self._usage[key.tenant] = change.applied(usage)
 
     def put_many(self, puts: Sequence[Put]) -> Outcomes:
-        outcomes: Outcomes = []
-        for record, expect in puts:
+        group, outcomes = encoded(puts, self.codec)
+        for index, put in group.items():
             try:
-                self.put(record, expect)
+                self._put(*put)
             except StoreError as error:
-                outcomes.append(error)
-            else:
-                outcomes.append(None)
+                outcomes[index] = error
         return outcomes
 
     def rollback(self, key: SessionKey, version: int, expect: Expect, request_id: str) -> Record:

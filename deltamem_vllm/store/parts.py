@@ -2,16 +2,16 @@
 all of them. The frame around them is ``codec``.
 
 A commit and a restore pass through here once each, with the hot path short: JSON whose form is fixed is written by
-one format string; the safetensors header, which depends on the shape alone, is made once per shape and compared; a
-sum of squares shows in one pass that no entry is too large. Whatever does not fit the short path takes the long one,
-which says what is wrong.
+one format string and read into one typed struct; the safetensors header, which depends on the shape alone, is made once
+per shape and compared; a sum of squares shows in one pass that no entry is too large. Whatever does not fit the short
+path takes the long one, which says what is wrong.
 """
 
 import functools
 import math
 import re
 from json.encoder import encode_basestring_ascii as quoted
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -45,7 +45,31 @@ _FIELDS: dict[str, type] = {
     "version": int,
     "windows": int,
 }
+_Text = Annotated[str, msgspec.Meta(max_length=256)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=_INT_MAX)]
+
+
+class Metadata(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """A record's metadata, as `usual_metadata` has verified it; fields as of `Record` and its key."""
+
+    adapter: _Text
+    created_at: float
+    incarnation: str
+    layout: str
+    model: _Text
+    request_id: _Name
+    session: str
+    tenant: str
+    tokens: _Count
+    updated_at: float
+    version: Annotated[int, msgspec.Meta(ge=1, le=_INT_MAX)]
+    windows: _Count
+
+
 _decode_json = msgspec.json.Decoder().decode
+_decode_usual = msgspec.json.Decoder(Metadata).decode
+_encode_json = msgspec.json.Encoder().encode
 _FP32 = np.dtype("<f4")
 _SURELY_SMALL = MAX_ABS**2 / 4
 """Where the sum of an array's squares is at most this, no entry exceeds ``MAX_ABS``, whatever the sum's rounding."""
@@ -83,6 +107,27 @@ def metadata_of(record: Record) -> bytes:
     ).encode("ascii")
 
 
+def usual_metadata(data: bytes) -> Metadata | None:
+    """Metadata whose fields are all there and within their bounds, in the one form that `metadata_of` gives them; None
+    where that cannot be said at a glance, be it wrong or only unusual. The key in it is not looked at.
+
+    Texts of plain ASCII that need no escapes, and times from a millisecond to the year 33658, are written in the same
+    way by the JSON library as by us.
+    """
+    if not data.isascii() or b"\\" in data or b"\x7f" in data:
+        return None
+    try:
+        known = _decode_usual(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    if _encode_json(known) != data or not _INCARNATION.fullmatch(known.incarnation):
+        return None
+    for seconds in (known.created_at, known.updated_at):
+        if not (1e-3 <= seconds < 1e12 or seconds == 0.0):
+            return None
+    return known
+
+
 def parse_metadata(data: bytes) -> dict[str, Any]:
     """The fields of a record's metadata, exactly those of ``_FIELDS`` and with their types.
 
@@ -101,8 +146,8 @@ def parse_metadata(data: bytes) -> dict[str, Any]:
     return fields
 
 
-def key_of(fields: dict[str, Any], expected: SessionKey | None) -> SessionKey:
-    """The key in metadata; takes it out of ``fields``.
+def key_of(tenant: str, session: str, expected: SessionKey | None) -> SessionKey:
+    """The key that metadata names.
 
     Args:
         expected: the only key that is accepted; None: any that is valid.
@@ -110,7 +155,6 @@ def key_of(fields: dict[str, Any], expected: SessionKey | None) -> SessionKey:
     Raises:
         CorruptRecord: another one, or none that is valid.
     """
-    tenant, session = fields.pop("tenant"), fields.pop("session")
     if expected is not None and tenant == expected.tenant and session == expected.session:
         return expected  # it was checked when it was made
     try:
@@ -123,9 +167,9 @@ def key_of(fields: dict[str, Any], expected: SessionKey | None) -> SessionKey:
 
 
 def payload_of(record: Record) -> tuple[bytes, memoryview, memoryview]:
-    """What ``safetensors.save`` makes of base and end, as pieces to be joined: its header, and both states."""
+    """What ``safetensors.save`` makes of base and end, as pieces to be joined: its header, and both states' bytes."""
     base, end = np.ascontiguousarray(record.base), np.ascontiguousarray(record.end)
-    return _safetensors_header(base.shape), base.data, end.data
+    return _safetensors_header(base.shape), base.data.cast("B"), end.data.cast("B")
 
 
 def parse_payload(data: bytes | memoryview, shape: Shape) -> tuple[Array, Array]:
@@ -140,16 +184,24 @@ def parse_payload(data: bytes | memoryview, shape: Shape) -> tuple[Array, Array]
     count = math.prod(shape)
     if not 8 * count < len(data) <= 8 * count + SAFETENSORS_OVERHEAD:
         raise CorruptRecord(f"a payload of {len(data)} bytes cannot hold two states of shape {shape}")
-    header = _safetensors_header(shape)
-    if len(data) == len(header) + 8 * count and bytes(data[: len(header)]) == header:
-        both: Array = np.ndarray((2, *shape), _FP32, data, len(header)).copy()
-    else:
+    both: Array | None = usual_payload(bytes(data), 0, len(data), shape)
+    if both is None:
         both = np.stack(_load(data, shape))
-    if excess(both) is not None:
         for name, state in zip(STATES, both, strict=True):
             _check_entries(name, state)
     base, end = both
     return base, end
+
+
+def usual_payload(data: bytes, start: int, stop: int, shape: Shape) -> Array | None:
+    """base and end, [2, L, H, r, r] fp32, copied out of a payload in the middle of ``data``; None where it is not as
+    `payload_of` writes it, or an entry may be out of its bounds."""
+    header = _safetensors_header(shape)
+    at = start + len(header)
+    if stop - at != 8 * math.prod(shape) or not data.startswith(header, start):
+        return None
+    both: Array = np.ndarray((2, *shape), _FP32, data, at).copy()
+    return both if np.vdot(both, both) <= _SURELY_SMALL else None
 
 
 def _load(data: bytes | memoryview, shape: Shape) -> list[Array]:
@@ -193,11 +245,18 @@ def check(record: Record) -> None:
     Raises:
         CorruptRecord: naming the field.
     """
-    shape = parse_layout(record.layout)
-    for name, state in zip(STATES, (record.base, record.end), strict=True):
-        if state.dtype != _FP32 or state.shape != shape:
-            raise CorruptRecord(f"{name} is {state.dtype} {state.shape}; layout {record.layout} needs float32 {shape}")
-        _check_entries(name, state)
+    shape, base, end = parse_layout(record.layout), record.base, record.end
+    if not (
+        base.shape == end.shape == shape
+        and base.dtype == end.dtype == _FP32
+        and np.vdot(base, base) <= _SURELY_SMALL
+        and np.vdot(end, end) <= _SURELY_SMALL
+    ):
+        for name, state in zip(STATES, (base, end), strict=True):
+            if state.dtype != _FP32 or state.shape != shape:
+                wrong = f"{name} is {state.dtype} {state.shape}"
+                raise CorruptRecord(f"{wrong}; layout {record.layout} needs float32 {shape}")
+            _check_entries(name, state)
     check_fields(record)
 
 
@@ -212,6 +271,33 @@ def check_fields(record: Record) -> None:
     Raises:
         CorruptRecord: naming the field.
     """
+    if not _surely_right(record):
+        _check_each_field(record)
+
+
+def _surely_right(record: Record) -> bool:
+    """Whether a look at all fields at once finds them within their bounds; texts of plain ASCII only."""
+    request_id, adapter, model = record.request_id, record.adapter, record.model
+    texts = request_id + adapter + model
+    return (
+        texts.isascii()
+        and "\0" not in texts
+        and 1 <= len(request_id) <= 256
+        and len(adapter) <= 256
+        and len(model) <= 256
+        and type(record.window) is type(record.attributes) is bytes
+        and len(record.window) <= MAX_WINDOW_BYTES
+        and len(record.attributes) <= MAX_ATTRIBUTES_BYTES
+        and 1 <= record.version <= _INT_MAX
+        and 0 <= record.tokens <= _INT_MAX
+        and 0 <= record.windows <= _INT_MAX
+        and 0 <= record.created_at < 1e12
+        and 0 <= record.updated_at < 1e12
+        and _INCARNATION.fullmatch(record.incarnation) is not None
+    )
+
+
+def _check_each_field(record: Record) -> None:
     for name, part, limit in (
         ("window", record.window, MAX_WINDOW_BYTES),
         ("attributes", record.attributes, MAX_ATTRIBUTES_BYTES),

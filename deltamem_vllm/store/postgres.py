@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from deltamem_vllm.errors import ConfigError, CorruptRecord, StoreError
+from deltamem_vllm.errors import ConfigError, StoreError
 from deltamem_vllm.store import postgres_schema as sql
 from deltamem_vllm.store.codec import MAX_RECORD_BYTES, PLAIN, RecordCodec
 from deltamem_vllm.store.leases import LEASE_SECONDS, Leases, check_lease_seconds, new_holder
-from deltamem_vllm.store.ledger import View, Write, check_keep, plan, roll_back
+from deltamem_vllm.store.ledger import Encoded, View, Write, check_keep, encoded, plan, roll_back
 from deltamem_vllm.store.postgres_leases import PostgresLeases, columns
 from deltamem_vllm.store.postgres_link import Connection, Link, Moved
 from deltamem_vllm.store.protocol import (
@@ -43,7 +43,6 @@ from deltamem_vllm.store.protocol import (
 from deltamem_vllm.store.verify import Verifier
 
 list_of = list  # here, because ``list`` is a method of the store
-_Encoded = dict[int, tuple[Record, Expect | None, bytes]]
 
 
 class PostgresStore:
@@ -133,20 +132,14 @@ class PostgresStore:
             raise outcome
 
     def put_many(self, puts: Sequence[Put]) -> Outcomes:
-        outcomes: Outcomes = [None] * len(puts)
-        encoded: _Encoded = {}
-        for index, (record, expect) in enumerate(puts):
-            try:
-                encoded[index] = (record, expect, self.codec.encode(record))
-            except CorruptRecord as error:
-                outcomes[index] = error
-        if not encoded:
+        group, outcomes = encoded(puts, self.codec)
+        if not group:
             return outcomes
         found: dict[int, Outcome]
         try:
-            found = self._link.write("write", lambda connection: self._put_group(connection, encoded))
+            found = self._link.write("write", lambda connection: self._put_group(connection, group))
         except StoreError as error:
-            found = dict.fromkeys(encoded, error)
+            found = dict.fromkeys(group, error)
         for index, outcome in found.items():
             outcomes[index] = outcome
             if outcome is None:
@@ -199,7 +192,7 @@ class PostgresStore:
     def close(self) -> None:
         self._link.close()
 
-    def _put_group(self, connection: Connection, encoded: _Encoded) -> dict[int, Outcome]:
+    def _put_group(self, connection: Connection, encoded: Encoded) -> dict[int, Outcome]:
         """Compare and set a group inside the open transaction."""
         keys = {record.key for record, _, _ in encoded.values()}
         tenants = sorted({key.tenant for key in keys})

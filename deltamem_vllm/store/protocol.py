@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,8 +45,7 @@ def new_incarnation() -> str:
     return secrets.token_hex(16)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class SessionKey:
+class SessionKey(msgspec.Struct, frozen=True, order=True, cache_hash=True, gc=False):
     """Names a session. The tenant is part of the key, so that no query can leave it out.
 
     Attributes:
@@ -70,16 +70,14 @@ class SessionKey:
                 raise ValueError(f"{name} must have 1 to {MAX_KEY_BYTES} bytes and no NUL, not {shown}")
 
 
-@dataclass(frozen=True, slots=True)
-class Expect:
+class Expect(msgspec.Struct, frozen=True, gc=False):
     """What a writer saw when it started: the comparison of compare-and-set."""
 
     version: int
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Record:
+class Record(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One version of one session. Two records are the same when ``codec.encode`` gives the same bytes.
 
     Attributes:

@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from deltamem_vllm.errors import CorruptRecord, StoreError
+from deltamem_vllm.errors import StoreError
 from deltamem_vllm.store.codec import PLAIN, RecordCodec
 from deltamem_vllm.store.leases import LEASE_SECONDS, Leases, check_lease_seconds, fenced, new_holder
-from deltamem_vllm.store.ledger import Change, check_keep, check_quota, roll_back
+from deltamem_vllm.store.ledger import Change, check_keep, check_quota, encoded, roll_back
 from deltamem_vllm.store.protocol import (
     Expect,
     Keys,
@@ -171,33 +171,26 @@ class RedisStore:
             raise outcome
 
     def put_many(self, puts: Sequence[Put]) -> Outcomes:
-        outcomes: Outcomes = [None] * len(puts)
+        group, outcomes = encoded(puts, self.codec)
+        if not group:
+            return outcomes
         keys: list[bytes] = []
         limits = (-1 if limit is None else limit for limit in (self.quota.sessions, self.quota.bytes))
         values: list[Any] = [self.keep, *limits, self._holder]
-        sent: list[int] = []
-        for index, (record, expect) in enumerate(puts):
-            try:
-                blob = self.codec.encode(record)
-            except CorruptRecord as error:
-                outcomes[index] = error
-                continue
-            sent.append(index)
+        for record, expect, blob in group.values():
             keys += self._keys(record.key)
             seen = (expect.version, expect.incarnation) if expect is not None else ("", "")
             values += [_member(record.key), record.key.session, int(record.version), record.incarnation]
             values += [record.request_id, *seen, repr(float(record.updated_at)), _meta(record, len(blob)), blob]
-        if not sent:
-            return outcomes
         try:
             answers = self._link.script("write", "PUT", keys, *values)
-            found = [self._outcome(*puts[index], answer) for index, answer in zip(sent, answers, strict=True)]
+            found = [self._outcome(*put[:2], answer) for put, answer in zip(group.values(), answers, strict=True)]
         except StoreError as error:
-            found = [error] * len(sent)
-        for index, outcome in zip(sent, found, strict=True):
+            found = [error] * len(group)
+        for index, outcome in zip(group, found, strict=True):
             outcomes[index] = outcome
             if outcome is None:
-                record = puts[index][0]
+                record = group[index][0]
                 self._verify.seen(record.key, record.incarnation, int(record.version))
         return outcomes
 

@@ -24,10 +24,10 @@ from typing import Any
 
 import apsw
 
-from deltamem_vllm.errors import ConfigError, CorruptRecord, StoreError, StoreUnavailable
+from deltamem_vllm.errors import ConfigError, StoreError, StoreUnavailable
 from deltamem_vllm.store import sqlite_file, sqlite_schema
 from deltamem_vllm.store.codec import MAX_RECORD_BYTES, PLAIN, RecordCodec
-from deltamem_vllm.store.ledger import check_keep, roll_back
+from deltamem_vllm.store.ledger import check_keep, encoded, roll_back
 from deltamem_vllm.store.protocol import (
     Expect,
     Keys,
@@ -44,9 +44,10 @@ from deltamem_vllm.store.protocol import (
     WouldWait,
     id_range,
 )
-from deltamem_vllm.store.sqlite_changes import Encoded, delete, put_group
-from deltamem_vllm.store.sqlite_file import create_private, retry_busy, translated
+from deltamem_vllm.store.sqlite_changes import delete, put_group
+from deltamem_vllm.store.sqlite_file import create_private, ours, retry_busy, translated
 from deltamem_vllm.store.sqlite_glance import Glancer
+from deltamem_vllm.store.sqlite_log import LogKeeper
 from deltamem_vllm.store.verify import Verifier
 
 _Rows = list[Any]  # here, because ``list`` is a method of the store
@@ -54,9 +55,6 @@ _IDLE_READERS = 8
 _PAGE_BYTES = 8192
 """Of a new file. A record of some 20 KB then takes three pages and not six; a lone commit, which changes a few small
 rows, is no slower."""
-_LOG_PAGES = 4000
-"""After so many pages (32 MiB) a commit also folds the log into the file and syncs both. Each page that several commits
-have changed is then written once, so that seldom is cheaper."""
 _APPLICATION_ID = 0x444D454D  # "DMEM", so that file(1) and we can tell whose database it is
 
 
@@ -95,6 +93,7 @@ class SQLiteStore:
         self._readers: list[apsw.Connection] = []
         self._readers_lock = threading.Lock()
         self._glancer = Glancer(lambda: self._connect(apsw.SQLITE_OPEN_READONLY))
+        self._log = LogKeeper(self._connect_durably, self._write_lock)
         self._closed = False
         with translated(self.path, "open"):
             try:
@@ -103,7 +102,7 @@ class SQLiteStore:
                 raise StoreUnavailable(
                     f"cannot create or write the store {self.path}: {error.strerror}. Choose a writable path"
                 ) from error
-            self._writer = self._connect(apsw.SQLITE_OPEN_READWRITE)
+            self._writer = self._connect_durably()
             try:
                 self._prepare()
             except BaseException:
@@ -115,7 +114,10 @@ class SQLiteStore:
     def get(self, key: SessionKey) -> Record | None:
         floor = self._verify.floor(key)
         rows = self._read("read", sqlite_schema.GET, (MAX_RECORD_BYTES, key.tenant, key.session))
-        return self._verify.newest(key, rows[0][:3], rows[0][3], floor) if rows else None
+        if not rows:
+            return None
+        *row, blob = rows[0]
+        return self._verify.newest(key, tuple(row), blob, floor)
 
     def get_version(self, key: SessionKey, version: int) -> Record | None:
         bindings = (MAX_RECORD_BYTES, key.tenant, key.session, version)
@@ -157,21 +159,15 @@ class SQLiteStore:
             raise outcome
 
     def put_many(self, puts: Sequence[Put]) -> Outcomes:
-        outcomes: Outcomes = [None] * len(puts)
-        encoded: Encoded = {}
-        for index, (record, expect) in enumerate(puts):
-            try:
-                encoded[index] = (record, expect, self.codec.encode(record))
-            except CorruptRecord as error:
-                outcomes[index] = error
-        if not encoded:
+        group, outcomes = encoded(puts, self.codec)
+        if not group:
             return outcomes
         found: dict[int, Outcome]
         try:
             with self._transaction() as writer:
-                found = put_group(writer, encoded, self.quota, self.keep)
+                found = put_group(writer, group, self.quota, self.keep)
         except StoreError as error:
-            found = dict.fromkeys(encoded, error)  # rolled back as one: a stale item may be so no more
+            found = dict.fromkeys(group, error)  # rolled back as one: a stale item may be so no more
         for index, outcome in found.items():
             outcomes[index] = outcome
             if outcome is None:
@@ -243,6 +239,7 @@ class SQLiteStore:
             raise
 
     def close(self) -> None:
+        self._log.close()
         with self._write_lock, self._readers_lock:
             self._closed = True
             for reader in self._readers:
@@ -258,7 +255,7 @@ class SQLiteStore:
         Raises:
             StoreUnavailable: readers keep it; says what is ``done`` already.
         """
-        with translated(self.path, "erase from the log of"), self._write_lock:
+        with translated(self.path, "erase from the log of"), self._write_lock, self._log.folding:
             busy = self._open_writer().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy is None or busy[0]:
             raise StoreUnavailable(
@@ -268,33 +265,47 @@ class SQLiteStore:
     # --- connections ----------------------------------------------------------------------------------------
 
     def _read(self, what: str, statement: str, bindings: tuple[Any, ...]) -> _Rows:
-        with translated(self.path, what):
-            reader = self._take_reader()
+        lock, readers = self._readers_lock, self._readers
+        try:
+            with lock:
+                self._open_writer()
+                reader = readers.pop() if readers else None
+            if reader is None:
+                reader = self._connect(apsw.SQLITE_OPEN_READONLY)
             try:
                 return reader.execute(statement, bindings).fetchall()
             finally:
                 self._give_back(reader)
+        except apsw.Error as error:
+            raise ours(error, self.path, what) from error
 
     def _connect(self, flags: int) -> apsw.Connection:
         connection = apsw.Connection(str(self.path), flags=flags, vfs=self._vfs)
         connection.set_busy_timeout(int(sqlite_file.BUSY_SECONDS * 1000))
+        # Plans do not depend on values: else SQLite, which is built with STAT4, compiles a statement anew for each.
+        connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
         return connection
 
-    def _prepare(self) -> None:
-        """Switch to WAL, set what makes commits durable and deletes final, bring the schema up to date."""
-        writer = self._writer
-        self._schema()  # before anything is changed: the file may be another program's
-        writer.execute(f"PRAGMA page_size = {_PAGE_BYTES}").fetchall()  # a file that has pages keeps theirs
-        retry_busy(lambda: writer.execute("PRAGMA journal_mode = WAL").fetchall())
+    def _connect_durably(self) -> apsw.Connection:
+        """A connection that writes, with what makes commits durable and deletes final."""
+        connection = self._connect(apsw.SQLITE_OPEN_READWRITE)
         for setting in (
             "synchronous = FULL",
             "fullfsync = ON",
             "secure_delete = ON",
             "journal_size_limit = 67108864",
             "trusted_schema = OFF",
-            f"wal_autocheckpoint = {_LOG_PAGES}",
         ):  # one by one: some answer with a row, and what stands behind those would wait until it is fetched
-            writer.execute(f"PRAGMA {setting}").fetchall()
+            connection.execute(f"PRAGMA {setting}").fetchall()
+        return connection
+
+    def _prepare(self) -> None:
+        """Switch to WAL, bring the schema up to date."""
+        writer = self._writer
+        self._schema()  # before anything is changed: the file may be another program's
+        writer.execute(f"PRAGMA page_size = {_PAGE_BYTES}").fetchall()  # a file that has pages keeps theirs
+        retry_busy(lambda: writer.execute("PRAGMA journal_mode = WAL").fetchall())
+        self._log.watch(writer)
         writer.execute("BEGIN IMMEDIATE")
         with self._rollback_on_error():
             version = self._schema()
@@ -349,18 +360,13 @@ class SQLiteStore:
     @contextlib.contextmanager
     def _reader(self) -> Iterator[apsw.Connection]:
         """A connection for reading that no other thread uses meanwhile."""
-        reader = self._take_reader()
+        with self._readers_lock:
+            self._open_writer()
+        reader = self._connect(apsw.SQLITE_OPEN_READONLY)
         try:
             yield reader
         finally:
             self._give_back(reader)
-
-    def _take_reader(self) -> apsw.Connection:
-        with self._readers_lock:
-            self._open_writer()
-            if self._readers:
-                return self._readers.pop()
-        return self._connect(apsw.SQLITE_OPEN_READONLY)
 
     def _give_back(self, reader: apsw.Connection) -> None:
         with self._readers_lock:

@@ -8,20 +8,23 @@ from typing import Any
 import apsw
 
 from deltamem_vllm.store import sqlite_schema
-from deltamem_vllm.store.ledger import View, Write, plan
-from deltamem_vllm.store.protocol import Expect, Outcome, Quota, Record, SessionKey, Usage
-
-Encoded = dict[int, tuple[Record, Expect | None, bytes]]
-"""By the caller's index: record, what its writer saw, encoded record."""
+from deltamem_vllm.store.ledger import Encoded, View, Write, plan
+from deltamem_vllm.store.protocol import Outcome, Quota, SessionKey, Usage
 
 
-def put_group(writer: apsw.Connection, encoded: Encoded, quota: Quota, keep: int) -> dict[int, Outcome]:
+def put_group(writer: apsw.Connection, puts: Encoded, quota: Quota, keep: int) -> dict[int, Outcome]:
     """Compare and set a group; the outcome of each index."""
-    keys = {(record.key.tenant, record.key.session): record.key for record, _, _ in encoded.values()}
+    spans: dict[SessionKey, tuple[int, int]] = {}  # the group's least and greatest version of each session
+    for record, _, _ in puts.values():
+        least, greatest = spans.get(record.key, (record.version, record.version))
+        spans[record.key] = min(least, record.version), max(greatest, record.version)
+    keys = {(key.tenant, key.session): key for key in spans}
     names = sorted(keys)
     tenants = sorted({(tenant,) for tenant, _ in names})
     kept: dict[tuple[str, str], dict[int, tuple[str, int]]] = {}
-    rows: Any = writer.executemany(sqlite_schema.KEPT, names)
+    # Of the kept versions those that the group may write again, and those that are kept no more with it.
+    concerned = ((*name, spans[keys[name]][0], spans[keys[name]][1] - keep) for name in names)
+    rows: Any = writer.executemany(sqlite_schema.CONCERNED, concerned)
     for tenant, session, version, request_id, size in rows:
         kept.setdefault((tenant, session), {})[version] = (request_id, size)
     views = {
@@ -30,7 +33,7 @@ def put_group(writer: apsw.Connection, encoded: Encoded, quota: Quota, keep: int
     }
     rows = writer.executemany(sqlite_schema.USAGE, tenants)
     usages = {tenant: Usage(sessions, size) for tenant, sessions, size in rows}
-    outcomes, writes = plan(encoded, views, usages, quota, keep, {})
+    outcomes, writes = plan(puts, views, usages, quota, keep, {})
     _write(writer, writes)
     return outcomes
 

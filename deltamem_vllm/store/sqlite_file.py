@@ -27,10 +27,11 @@ class translated:  # noqa: N801
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, apsw.Error):
-            raise _ours(error, self._path, self._what) from error
+            raise ours(error, self._path, self._what) from error
 
 
-def _ours(error: apsw.Error, path: Path, what: str) -> Exception:
+def ours(error: apsw.Error, path: Path, what: str) -> Exception:
+    """What we raise in place of an error of SQLite: with the path and the remedy."""
     match error:
         case apsw.FullError():
             return StoreUnavailable(

@@ -67,6 +67,7 @@ MIGRATIONS = (
 HEAD = "SELECT tenant, session, version, incarnation, request_id FROM sessions WHERE tenant = ? AND session = ?"
 WHERE_IS = "SELECT version, incarnation FROM sessions WHERE tenant = ? AND session = ?"
 KEPT = "SELECT tenant, session, version, request_id, bytes FROM versions WHERE tenant = ? AND session = ?"
+CONCERNED = f"{KEPT} AND (version >= ? OR version <= ?)"
 GET = """
     SELECT h.version, h.incarnation, h.request_id, CASE WHEN length(v.blob) <= ?1 THEN v.blob END
     FROM sessions h LEFT JOIN versions v ON (v.tenant, v.session, v.version) = (h.tenant, h.session, h.version)

@@ -39,18 +39,18 @@ class Verifier:
     def floor(self, key: SessionKey) -> tuple[str, int] | None:
         """(incarnation, version) below which nothing is accepted. Take it *before* reading the row: a
         commit may come in between."""
-        with self._lock:
-            return self._floors.get(key)
+        return self._floors.get(key)  # one look-up, which needs no lock
 
     def seen(self, key: SessionKey, incarnation: str, version: int) -> None:
         """This version was stored or read."""
+        floors = self._floors
         with self._lock:
-            last = self._floors.pop(key, None)
-            if last is not None and last[0] == incarnation:
-                version = max(version, last[1])
-            self._floors[key] = (incarnation, version)
-            if len(self._floors) > MAX_FLOORS:
-                self._floors.popitem(last=False)
+            last = floors.pop(key, None)
+            if last is not None and last[0] == incarnation and last[1] > version:
+                version = last[1]
+            floors[key] = (incarnation, version)
+            if len(floors) > MAX_FLOORS:
+                floors.popitem(last=False)
 
     def forget(self, key: SessionKey) -> None:
         """The session was deleted."""

@@ -32,6 +32,9 @@ class WriterStats:
 
 logger = logging.getLogger("vllm.deltamem")
 
+MAX_BATCH_BYTES = 16 << 20
+"""States in one transaction."""
+
 _Item = tuple[Record, Expect | None, "Future[None]"]
 
 
@@ -40,12 +43,12 @@ class CommitWriter:
 
     Args:
         store: where to commit; not closed by the writer.
-        max_batch: records per transaction.
+        max_batch: records per transaction, of which only the first may take it beyond ``MAX_BATCH_BYTES``.
         max_pending: records that may wait; more are refused, so that a store that hangs does not fill the
         memory.
     """
 
-    def __init__(self, store: StateStore, *, max_batch: int = 64, max_pending: int = 4096) -> None:
+    def __init__(self, store: StateStore, *, max_batch: int = 256, max_pending: int = 4096) -> None:
         if max_batch < 1 or max_pending < 1:
             raise ValueError(f"max_batch {max_batch} and max_pending {max_pending} must be at least 1")
         self._store = store
@@ -114,11 +117,14 @@ class CommitWriter:
             self._answer(self._commit([(record, expect) for record, expect, _ in self._batch]))
 
     def _take(self) -> bool:
-        """Wait for work and move up to ``max_batch`` records from the queue to the batch; False: closed and
-        empty."""
+        """Wait for work and move what makes up a group from the queue to the batch; False: closed and empty."""
+        size = 0
         with self._changed:
             while True:
                 while self._queue and len(self._batch) < self._max_batch:
+                    size += self._queue[0][0].base.nbytes + self._queue[0][0].end.nbytes
+                    if self._batch and size > MAX_BATCH_BYTES:
+                        break
                     item = self._queue.popleft()
                     if item[2].set_running_or_notify_cancel():
                         self._batch.append(item)

@@ -249,7 +249,7 @@ def test_an_import_is_trusted_in_nothing(talk: Talk) -> None:
     good = codec.encode(record)
 
     def altered(**fields: Any) -> bytes:
-        from dataclasses import replace
+        from msgspec.structs import replace
 
         return codec.encode(replace(record, **fields))
 

@@ -2,16 +2,16 @@
 
 import asyncio
 import secrets
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from deltamem_vllm.errors import CapacityError, PreconditionFailed, SessionError, StoreError, StoreUnavailable
 from deltamem_vllm.sessions import changes
 from deltamem_vllm.sessions.attributes import Attributes, pack, unpack
-from deltamem_vllm.sessions.changes import Make, Match, blank, change
+from deltamem_vllm.sessions.changes import Make, Match, blank, change, in_turn
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.store.memory import MemoryStore
 from deltamem_vllm.store.protocol import Record
@@ -59,6 +59,21 @@ def test_a_change_is_the_next_version_and_keeps_what_it_does_not_touch() -> None
         assert stored is not None
         assert stored.attributes == record.attributes
         assert np.array_equal(stored.end, memory(None, [*PROMPT, *REPLY, 6, *REPLY[:-1]])), "the window went on"
+
+    driven(scenario)
+
+
+def test_a_turn_lasts_unless_what_follows_fails() -> None:
+    async def scenario(service: SessionService) -> None:
+        session = service.directory.get(key("s"))
+        async with in_turn(service, session, "a"):
+            pass
+        assert session.owner == "a"
+        session.release("a")
+        with pytest.raises(RuntimeError, match="the store is away"):
+            async with in_turn(service, session, "b"):
+                raise RuntimeError("the store is away")
+        assert session.idle
 
     driven(scenario)
 

@@ -131,26 +131,6 @@ def test_only_the_owner_releases() -> None:
     asyncio.run(scenario())
 
 
-def test_owned_keeps_on_success_and_releases_on_error() -> None:
-    async def scenario() -> None:
-        directory = Directory(budget=1)
-        session = directory.get(KEY)
-        async with directory.owned(session, "a", 8, 5):
-            pass
-        assert session.owner == "a"
-        session.release("a")
-
-        async def fail() -> None:
-            async with directory.owned(session, "b", 8, 5):
-                raise RuntimeError("the store is away")
-
-        with pytest.raises(RuntimeError, match="the store is away"):
-            await fail()
-        assert session.idle
-
-    asyncio.run(scenario())
-
-
 ONE = SESSION_BYTES + size_of(record())
 
 

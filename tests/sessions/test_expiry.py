@@ -1,13 +1,13 @@
 """Sessions expire: the idle ones, nothing that is in use, and nothing of them is left here."""
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from deltamem_vllm.errors import SessionError, StoreUnavailable
 from deltamem_vllm.sessions import expiry, management
@@ -40,7 +40,7 @@ class Aged(MemoryStore):
     def put_many(self, puts: Sequence[Put]) -> Outcomes:
         if self.put_error is not None:
             return [self.put_error] * len(puts)  # type: ignore[list-item]
-        return super().put_many([(dataclasses.replace(r, updated_at=r.updated_at - self.age), e) for r, e in puts])
+        return super().put_many([(structs.replace(r, updated_at=r.updated_at - self.age), e) for r, e in puts])
 
     def delete_idle(self, keys: Sequence[SessionKey], until: float) -> Keys:
         gone = super().delete_idle(keys, until)
@@ -252,7 +252,7 @@ def test_a_running_request_keeps_its_session_from_readers() -> None:
         granted = await admit(service, "s", [3])
         record = service.directory.get(key("s")).record
         assert record is not None
-        old = dataclasses.replace(record, updated_at=record.updated_at - 100)
+        old = structs.replace(record, updated_at=record.updated_at - 100)
         service.directory.get(key("s")).set_record(old)
         assert await as_seen(service, "s", "info") == 2
         assert (await run(service, granted["ticket"], [3], [0]))["status"] == "committed"
@@ -283,11 +283,11 @@ def test_another_servers_version_is_not_deleted() -> None:
         await told(service, "s", 50.0)
         known = store.get(key("s"))
         assert known is not None
-        newer = dataclasses.replace(known, version=known.version + 1)
+        newer = structs.replace(known, version=known.version + 1)
         assert store.put_many([(newer, known.expect)]) == [None]
         session = service.directory.get(key("s"))
         store.head_error = True
-        session.set_record(dataclasses.replace(known, updated_at=known.updated_at - 100))
+        session.set_record(structs.replace(known, updated_at=known.updated_at - 100))
         assert await as_seen(service, "s", "info") == 3
 
     drive(make_service(store), scenario)

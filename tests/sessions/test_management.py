@@ -3,11 +3,11 @@
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from deltamem_vllm.errors import PreconditionFailed, SessionError
 from deltamem_vllm.sessions import changes, management

@@ -1,11 +1,11 @@
 """Other writers, other servers, and states that must not be stored."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from deltamem_vllm import metrics
 from deltamem_vllm.errors import SessionError
@@ -40,7 +40,7 @@ def test_an_outside_writer_is_noticed_and_then_followed(store_url: str) -> None:
 
 def make_record(record: Record, **changes: Any) -> Record:
 
-    return dataclasses.replace(record, request_id="another server", **changes)
+    return structs.replace(record, request_id="another server", **changes)
 
 
 @pytest.mark.parametrize("what", ["adapter", "model", "layout"])

@@ -1,12 +1,12 @@
 """The session service on its own loop: admission, commits, and everything that can come between them."""
 
 import asyncio
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from deltamem_vllm.errors import CapacityError, SessionError
 from deltamem_vllm.sessions import tickets as tickets_module
@@ -57,7 +57,7 @@ def test_turns_keep_what_belongs_to_the_session_besides_its_memory(store_url: st
         made = service.store.get(key("s"))
         assert made is not None
         assert made.attributes == b""
-        told = dataclasses.replace(made, version=2, request_id="told", attributes=b"pinned facts")
+        told = structs.replace(made, version=2, request_id="told", attributes=b"pinned facts")
         service.store.put(told, made.expect)
         for prompt in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [9, 9]):  # extends, replaces, opens a window
             assert (await turn(service, "s", prompt, [8]))["status"] == "committed"

@@ -1,7 +1,6 @@
 """A store that fails: what the client is told, what goes on, what is brought there later, what is lost."""
 
 import asyncio
-import dataclasses
 import logging
 import threading
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from deltamem_vllm.errors import CapacityError, CorruptRecord, StaleVersion, StoreUnavailable
 from deltamem_vllm.sessions import commits
@@ -118,7 +118,7 @@ def test_another_writer_meanwhile_is_a_conflict_that_is_said(caplog: pytest.LogC
         store.put_error = StoreUnavailable("away")
         await turn(service, "s", [2], [0])
         store.put_error = None
-        store.put(dataclasses.replace(before, version=2, request_id="theirs"), before.expect)
+        store.put(structs.replace(before, version=2, request_id="theirs"), before.expect)
         with caplog.at_level(logging.ERROR, "vllm.deltamem"):
             await service.commits.save_waiting()
         assert "1 version(s) of a session are lost" in caplog.text

@@ -1,7 +1,6 @@
 """Write-behind: the client is told before the store has the version, within bounds, and what is lost is said."""
 
 import asyncio
-import dataclasses
 import logging
 import threading
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from deltamem_vllm.errors import QuotaExceeded, StoreUnavailable
 from deltamem_vllm.sessions import commits
@@ -165,7 +165,7 @@ def test_a_version_that_was_told_and_is_refused_is_a_loss(refusal: str, caplog: 
         granted = [await admit(service, "s", [2])]
         store.open.clear()
         if refusal == "another writer":
-            theirs = dataclasses.replace(before, version=2, request_id="theirs", end=memory(None, [7]))
+            theirs = structs.replace(before, version=2, request_id="theirs", end=memory(None, [7]))
             MemoryStore.put_many(store, [(theirs, before.expect)])
         else:
             store.error = QuotaExceeded("no room")

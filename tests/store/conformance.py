@@ -13,13 +13,13 @@ A store may have an attribute ``codec``; sizes are then compared with what it en
 and quotas are in ``conformance_kept``.
 """
 
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from deltamem_vllm.errors import CorruptRecord, StaleVersion, StoreError, StoreUnavailable
 from deltamem_vllm.store.codec import PLAIN, encode
@@ -319,7 +319,7 @@ def race(store: StateStore, writer: int, wins_wanted: int) -> list[int]:
     while len(won) < wins_wanted:
         seen = store.get(KEY)
         assert seen is not None
-        made = dataclasses.replace(
+        made = structs.replace(
             seen, version=seen.version + 1, tokens=seen.tokens + 1, request_id=f"w{writer}-{seen.version + 1}"
         )
         time.sleep(0.0005)  # let the others in between, so that a store without the comparison is sure to fail

@@ -1,10 +1,10 @@
 """What every store must do with kept versions, idle sessions and quotas."""
 
-import dataclasses
 import time
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from deltamem_vllm.errors import QuotaExceeded, StaleVersion, StoreError, VersionNotKept
 from deltamem_vllm.store.codec import encode
@@ -63,7 +63,7 @@ def rolls_back_by_a_new_version(open_: Open) -> None:
     made = commit(store, 4)
     start = time.time()
     back = store.rollback(KEY, 2, made[3].expect, "undo")
-    content = dataclasses.replace(
+    content = structs.replace(
         made[1], version=5, request_id="undo", updated_at=back.updated_at, attributes=made[3].attributes
     )
     assert encode(back) == encode(content)

@@ -1,9 +1,9 @@
 """Records for tests: deterministic from a few numbers, so that another process can make the same bytes."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from deltamem_vllm.store.protocol import Record, SessionKey
 
@@ -33,4 +33,4 @@ def record(version: int = 1, key: SessionKey = KEY, *, seed: int = 0, layout: st
         windows=1,
         attributes=bytes(rng.integers(0, 256, 21, dtype=np.uint8)),
     )
-    return dataclasses.replace(made, **fields)
+    return structs.replace(made, **fields)

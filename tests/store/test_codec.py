@@ -1,6 +1,5 @@
 """The codec: what goes in comes out, and nothing else comes out."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from blake3 import blake3
+from msgspec import structs
 from safetensors.numpy import save
 
 from deltamem_vllm.errors import CorruptRecord
@@ -62,7 +62,7 @@ def rebuild(
 def test_round_trip_is_exact(layout: str) -> None:
     made = record(7, layout=layout)
     back = decode(encode(made), key=KEY)
-    for name in Record.__slots__:
+    for name in Record.__struct_fields__:
         value, expected = getattr(back, name), getattr(made, name)
         if isinstance(expected, np.ndarray):
             assert value.tobytes() == expected.tobytes()
@@ -156,7 +156,7 @@ def poisoned(value: float) -> np.ndarray[Any, np.dtype[np.float32]]:
 )
 def test_encode_refuses(fields: dict[str, Any], what: str) -> None:
     with pytest.raises(CorruptRecord, match=what):
-        encode(dataclasses.replace(record(), **fields))
+        encode(structs.replace(record(), **fields))
 
 
 def test_decode_names_what_failed() -> None:

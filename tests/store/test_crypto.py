@@ -1,7 +1,6 @@
 """Encryption at rest: what someone who can write to the store's file can do, and what they cannot."""
 
 import base64
-import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from deltamem_vllm.errors import ConfigError, CorruptRecord
 from deltamem_vllm.store import codec, crypto, verify
@@ -95,7 +95,7 @@ def attack(stored: dict[int, bytes], at: int, rng: random.Random) -> bytes:
             return codec.pack(6, mine[0].replace(field, field + b"1"), mine[1], mine[2])
         case 4:  # downgrade: an unencrypted record of the attacker's own
             made = rows()[at]
-            made = dataclasses.replace(made, end=np.full(made.end.shape, rng.random(), np.float32))
+            made = structs.replace(made, end=np.full(made.end.shape, rng.random(), np.float32))
             return rng.choice((encode, format1, format3))(made)
         case 5:  # the other row's metadata and sealed bytes, this row's key id and nonce
             return codec.pack(6, theirs[0], mine[1], theirs[2])

@@ -16,6 +16,7 @@ import apsw
 import pytest
 
 from deltamem_vllm.errors import StaleVersion, StoreError, StoreUnavailable
+from deltamem_vllm.store import sqlite_log
 from deltamem_vllm.store.protocol import Expect, Outcomes, Put, SessionKey
 from deltamem_vllm.store.sqlite import SQLiteStore
 from tests.conftest import NIGHTLY
@@ -105,8 +106,12 @@ def put_of(session: int, version: int) -> Put:
     return version_of(session, version), Expect(version - 1, INCARNATION) if version > 1 else None
 
 
-def work(folder: Path, plan: Plan, kind: type[SQLiteStore] = SQLiteStore) -> list[str]:
-    """Commit, delete and checkpoint while the plan's fault happens; returns what is wrong afterwards."""
+def work(folder: Path, plan: Plan, kind: type[SQLiteStore] = SQLiteStore, beside: bool = False) -> list[str]:
+    """Commit, delete and checkpoint while the plan's fault happens; returns what is wrong afterwards.
+
+    Args:
+        beside: checkpoints are made as they are served, by a thread; else by the commits.
+    """
     vfs = FaultyVFS(plan)
     path = folder / "s.db"
     acknowledged = dict.fromkeys(range(SESSIONS), 0)
@@ -119,7 +124,8 @@ def work(folder: Path, plan: Plan, kind: type[SQLiteStore] = SQLiteStore) -> lis
         vfs.unregister()
         SQLiteStore(path).close()
         return [] if str(path) in str(error) else [str(error)]
-    store._writer.execute("PRAGMA wal_autocheckpoint = 12")
+    if not beside:
+        store._writer.execute("PRAGMA wal_autocheckpoint = 12")
     rng = random.Random(3)
     for step in range(10):
         group = [put_of(session, acknowledged[session] + 1) for session in rng.sample(range(1, SESSIONS), 2)]
@@ -183,11 +189,11 @@ def after(path: Path, acknowledged: dict[int, int], maybe: list[list[Put]], dele
     return wrong
 
 
-def check_faults(tmp_path: Path, kind: type[SQLiteStore], stride: int) -> Counter[str]:
+def check_faults(tmp_path: Path, kind: type[SQLiteStore], stride: int, beside: bool = False) -> Counter[str]:
     """Fail each ``stride``-th write-like call in every way; returns how often each place was hit."""
     counting = Plan(-1, "eio")
     (tmp_path / "count").mkdir()
-    assert work(tmp_path / "count", counting) == []
+    assert work(tmp_path / "count", counting, beside=beside) == []
     places: Counter[str] = Counter()
     turn = 0
     for sticky in (False, True):
@@ -197,7 +203,7 @@ def check_faults(tmp_path: Path, kind: type[SQLiteStore], stride: int) -> Counte
                 folder = tmp_path / f"{turn}"
                 folder.mkdir()
                 plan = Plan(at, fault, sticky)
-                assert work(folder, plan, kind) == [], (plan, "is not survived")
+                assert work(folder, plan, kind, beside) == [], (plan, "is not survived")
                 places[plan.hit] += 1
                 for each in folder.iterdir():
                     each.unlink()
@@ -208,6 +214,13 @@ def check_faults(tmp_path: Path, kind: type[SQLiteStore], stride: int) -> Counte
 def test_every_write_may_fail(memory_path: Path) -> None:
     places = check_faults(memory_path, SQLiteStore, STRIDE)
     print(f"{sum(places.values())} faults, old or new state after each: {dict(places)}")
+    assert {"write wal", "write db", "sync wal", "sync db"} <= set(places)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_every_write_may_fail_while_a_thread_folds_the_log(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_log, "LOG_PAGES", 12)
+    places = check_faults(memory_path, SQLiteStore, STRIDE, beside=True)
     assert {"write wal", "write db", "sync wal", "sync db"} <= set(places)
 
 

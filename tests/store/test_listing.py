@@ -1,13 +1,13 @@
 """A page of a listing costs what is on it, however many sessions the tenant has; and the suite catches what would make
 it wrong."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import apsw
 import psycopg
 import pytest
+from msgspec import structs
 
 from deltamem_vllm.store import ledger, memory, sqlite_schema
 from deltamem_vllm.store import postgres_schema as sql
@@ -96,7 +96,7 @@ def test_suite_catches_attributes_that_are_rolled_back(monkeypatch: pytest.Monke
     real = ledger.restored
 
     def everything(old: Record, newest: Record, request_id: str) -> Record:
-        return dataclasses.replace(real(old, newest, request_id), attributes=old.attributes)
+        return structs.replace(real(old, newest, request_id), attributes=old.attributes)
 
     monkeypatch.setattr(ledger, "restored", everything)
     with pytest.raises(AssertionError):

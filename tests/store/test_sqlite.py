@@ -53,6 +53,9 @@ def test_settings_that_durability_rests_on(store: SQLiteStore) -> None:
     assert (value("journal_mode"), value("synchronous"), value("secure_delete")) == ("wal", 2, 1)
     assert (value("trusted_schema"), value("fullfsync")) == (0, 1)
     assert (value("user_version"), value("application_id")) == (len(sqlite_schema.MIGRATIONS), 0x444D454D)
+    with store._reader() as reader:
+        for connection in (store._writer, reader):
+            assert connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, -1), "plans are made anew for each value"
 
 
 def test_a_restart_finds_everything(path: Path) -> None:

@@ -1,7 +1,6 @@
 """Hypothesis drives every store against a model of a few lines: random commits, retries, stale writers,
 deletions, rollbacks, expiry and restarts."""
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from msgspec import structs
 
 from deltamem_vllm.errors import QuotaExceeded, StaleVersion, StoreError, VersionNotKept
 from deltamem_vllm.store import codec, ledger
@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
     def stale_writer(self, data: Any) -> None:
         name = data.draw(st.sampled_from([each for each, made in self.model.items() if len(made) > 1]))
         old = data.draw(st.sampled_from(self.model[name][:-1]))
-        made = dataclasses.replace(old, version=old.version + 1, request_id=f"r{next(self.requests)}")
+        made = structs.replace(old, version=old.version + 1, request_id=f"r{next(self.requests)}")
         with pytest.raises(StaleVersion):
             self.store.put(made, old.expect)
 
@@ -116,7 +116,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def owner_of_an_erased_session(self, data: Any) -> None:
         old = data.draw(st.sampled_from(self.dead))
-        made = dataclasses.replace(old, version=old.version + 1, request_id=f"r{next(self.requests)}")
+        made = structs.replace(old, version=old.version + 1, request_id=f"r{next(self.requests)}")
         with pytest.raises(StaleVersion):
             self.store.put(made, old.expect)
 
@@ -150,7 +150,7 @@ class Machine(RuleBasedStateMachine):
         made = self.store.rollback(last.key, last.version - back, last.expect, request)
         old = versions[-1 - back]
         new = {"version": last.version + 1, "request_id": request, "updated_at": made.updated_at}
-        wanted = dataclasses.replace(old, attributes=last.attributes, **new)
+        wanted = structs.replace(old, attributes=last.attributes, **new)
         assert encode(made) == encode(wanted)
         self.store.rollback(last.key, last.version - back, last.expect, request)
         versions.append(made)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deltamem_vllm.errors import StaleVersion, StoreUnavailable
+from deltamem_vllm.store import writer as writer_module
 from deltamem_vllm.store.memory import MemoryStore
 from deltamem_vllm.store.protocol import Expect, Outcomes, Put, SessionKey
 from deltamem_vllm.store.sqlite import SQLiteStore
@@ -99,6 +100,28 @@ def test_a_cancelled_commit_is_not_made(gated: Gated) -> None:
     gated.gate.set()
     third.result(WAIT)
     assert gated.get(key(1)) is None
+    assert writer.close(WAIT)
+
+
+def test_a_group_of_large_states_is_small(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [record(1, key(index)) for index in range(8)]
+    monkeypatch.setattr(writer_module, "MAX_BATCH_BYTES", 2 * (made[0].base.nbytes + made[0].end.nbytes))
+    writer = CommitWriter(gated)
+    futures = [writer.submit(made[0], None)]
+    assert gated.entered.wait(WAIT)
+    futures += [writer.submit(each, None) for each in made[1:]]
+    gated.gate.set()
+    assert writer.close(WAIT)
+    assert [future.result(0) for future in futures] == [None] * 8
+    assert gated.groups == [1, 2, 2, 2, 1]
+
+
+def test_a_state_beyond_all_bounds_is_a_group(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "MAX_BATCH_BYTES", 1)
+    gated.gate.set()
+    writer = CommitWriter(gated)
+    futures = [writer.submit(record(1, key(index)), None) for index in range(3)]
+    assert [future.result(WAIT) for future in futures] == [None] * 3
     assert writer.close(WAIT)
 
 

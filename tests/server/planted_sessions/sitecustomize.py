@@ -14,8 +14,9 @@ So one server shows for every bug that the comparisons see it, and in its other 
 
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from tests.engine.after_import import after_import
 from tests.server.late import aborts_come_late
