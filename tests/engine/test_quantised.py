@@ -4,6 +4,7 @@ prompts where rounding leaves no doubt what is right."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from tests.engine.plain_model import PlainModel, States
 from tests.engine.quantised_model import FORMATS, FOUR_BIT, QuantisedPlain, write_quantised
 from tests.tolerances import QUANTISED_LOGPROB, QUANTISED_STATE
 
+ROOT = Path(__file__).parents[2]
 CASE = case("qwen3_tsw_r8")
 
 
@@ -62,7 +64,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     form = FORMATS[request.param]
     folder = tmp_path_factory.mktemp("quantised") / "model"
     model = write_quantised(CASE.model, folder, form.stored, form.config)
-    with Engine(Setup(model, CASE.adapter, env=ASK_INSIDE), f"quantised {request.param}") as engine:
+    # Comparisons in float32, on any CPU.
+    env = {**ASK_INSIDE, "PYTHONPATH": f"{ROOT / 'tests' / 'engine' / 'without_amx'}{os.pathsep}{ROOT}"}
+    with Engine(Setup(model, CASE.adapter, env=env), f"quantised {request.param}") as engine:
         replies, states, prompts = [], [], prompts_of(request.param)
         for prompt in prompts:
             replies.append(engine.one(Ask(prompt, "one", n=steady.REPLY, prompt_logprobs=True)))
