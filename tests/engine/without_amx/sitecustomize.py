@@ -1,5 +1,5 @@
-"""vLLM multiplies eight-bit weights as on a CPU without AMX: its kernels for AMX take no float32 activations, and end the
-engine."""
+"""vLLM multiplies eight-bit weights as on a CPU without AMX: its kernels for AMX take no float32 activations, and end
+the engine."""
 
 import sys
 
