@@ -77,7 +77,7 @@ def measure(
         what: str, figure: Figure, batch: int, length: int, generated: int, rounds: int, times: int = 1
     ) -> list[dict[str, Any]]:
         def move(number: int) -> None:
-            if number % times == 1 % times:
+            if number and (number - 1) % times == 0:  # the round that warms up runs where the weights lie
                 for arm in arms.values():
                     arm.drop_weights()
                 for name in random.Random(number).sample(list(arms), len(arms)):

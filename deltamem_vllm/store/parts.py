@@ -184,7 +184,7 @@ def parse_payload(data: bytes | memoryview, shape: Shape) -> tuple[Array, Array]
     count = math.prod(shape)
     if not 8 * count < len(data) <= 8 * count + SAFETENSORS_OVERHEAD:
         raise CorruptRecord(f"a payload of {len(data)} bytes cannot hold two states of shape {shape}")
-    both: Array | None = usual_payload(bytes(data), 0, len(data), shape)
+    both: Array | None = usual_payload(data, 0, len(data), shape)
     if both is None:
         both = np.stack(_load(data, shape))
         for name, state in zip(STATES, both, strict=True):
@@ -193,12 +193,12 @@ def parse_payload(data: bytes | memoryview, shape: Shape) -> tuple[Array, Array]
     return base, end
 
 
-def usual_payload(data: bytes, start: int, stop: int, shape: Shape) -> Array | None:
+def usual_payload(data: bytes | memoryview, start: int, stop: int, shape: Shape) -> Array | None:
     """base and end, [2, L, H, r, r] fp32, copied out of a payload in the middle of ``data``; None where it is not as
     `payload_of` writes it, or an entry may be out of its bounds."""
     header = _safetensors_header(shape)
     at = start + len(header)
-    if stop - at != 8 * math.prod(shape) or not data.startswith(header, start):
+    if stop - at != 8 * math.prod(shape) or bytes(data[start:at]) != header:
         return None
     both: Array = np.ndarray((2, *shape), _FP32, data, at).copy()
     return both if np.vdot(both, both) <= _SURELY_SMALL else None

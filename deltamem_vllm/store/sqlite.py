@@ -265,11 +265,10 @@ class SQLiteStore:
     # --- connections ----------------------------------------------------------------------------------------
 
     def _read(self, what: str, statement: str, bindings: tuple[Any, ...]) -> _Rows:
-        lock, readers = self._readers_lock, self._readers
-        try:
-            with lock:
+        try:  # not `translated`: a read is short, and a generator costs as much as its look-up
+            with self._readers_lock:
                 self._open_writer()
-                reader = readers.pop() if readers else None
+                reader = self._readers.pop() if self._readers else None
             if reader is None:
                 reader = self._connect(apsw.SQLITE_OPEN_READONLY)
             try:

@@ -1,8 +1,9 @@
 """The file of a SQLite store: made private, its errors translated."""
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import apsw
@@ -13,21 +14,13 @@ BUSY_SECONDS = 10.0
 """How long a lock held by another process is waited for."""
 
 
-class translated:  # noqa: N801
-    """SQLite's errors inside the block as ours, with the path and the remedy. A class, because reads are short: a
-    generator costs as much as their look-up."""
-
-    __slots__ = ("_path", "_what")
-
-    def __init__(self, path: Path, what: str) -> None:
-        self._path, self._what = path, what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, apsw.Error):
-            raise ours(error, self._path, self._what) from error
+@contextlib.contextmanager
+def translated(path: Path, what: str) -> Iterator[None]:
+    """SQLite's errors inside the block as `ours`."""
+    try:
+        yield
+    except apsw.Error as error:
+        raise ours(error, path, what) from error
 
 
 def ours(error: apsw.Error, path: Path, what: str) -> Exception:

@@ -1,9 +1,9 @@
 """The log of a SQLite file is folded into the file beside the commits, not within one of them.
 
-By itself SQLite has the commit that finds the log long copy all of it and sync both files: it then takes as long as
-some hundred others, and as long again is spent on disk for all that they wrote. A thread of its own does that while
-further commits go on. What they add meanwhile it follows up until little is left; for that last bit it keeps the writer
-waiting, so that the log is begun anew and does not grow without end.
+By itself SQLite has the commit that finds the log long copy all of it and sync both files: it then waits for the disk
+for all that many others wrote. A thread of its own does that while further commits go on. What they add meanwhile it
+follows up until little is left; for that last bit it keeps the writer waiting, so that the log is begun anew and does
+not grow without end.
 """
 
 import contextlib

@@ -73,7 +73,7 @@ def test_the_log_stays_short_and_no_commit_folds_it(store: SQLiteStore, monkeypa
     assert store.head(SessionKey("tenant", "0")) == Expect(COMMITS, INCARNATION)
 
 
-def test_catches_a_log_that_is_folded_but_never_begun_anew(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catches_a_log_that_is_folded_but_never_begun_anew(store: SQLiteStore) -> None:
     """PLANTED BUG: some page is always left."""
     reader = apsw.Connection(str(store.path))
     store.put(version_of(1, 1), None)
