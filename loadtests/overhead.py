@@ -1,6 +1,6 @@
 """What the memory adds to a token: vLLM alone, with the memory, with LoRA; engines that take turns.
 
-    python -m loadtests.overhead [--starts 1] [--rounds 12] [--batches 1,8] [--prompts 128,2048] [--layers 28]
+    python -m loadtests.overhead [--starts 1] [--rounds 16] [--batches 1,8] [--prompts 128,2048] [--layers 28]
 
 Qwen3-0.6B's shape with random weights, fp32, on the CPU. Every arm is an engine of its own, as users start it
 (compiled; vLLM does not compile with LoRA on a CPU). In each round every arm runs the same batch, and arms change after
@@ -12,7 +12,7 @@ Two engines that are the same differ by percents for as long as their weights li
 all arms pack all of their weights anew (`deltamem_vllm.report.placement`). A figure is the mean over the rounds of the
 median of an arm's ratios to vanilla in the same step; beside it stands its standard error. Vanilla runs twice: memory
 is compared with both of its engines, and what the second one is to the first shows how far the noise goes. Prompts of
-several steps, which take long, have half as many rounds.
+several steps, which take long, have half as many rounds, and the arms that are far apart a quarter.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ CLOSE, FAR = (VANILLA, MEMORY, AGAIN), (VANILLA, MEMORY, LORA, LOOP)
 """Arms that differ by percents, and those that differ by so much that one start tells."""
 FEW_LAYERS = 8
 """Of the arms that are far apart."""
+SHARE = 4
+"""These arms have one round where the others have so many."""
 STEP = 512
 """Tokens of a prompt that one step takes."""
 FEW_STEPS = 4
@@ -128,7 +130,7 @@ def run(
     prompts: Sequence[int] = (128, 2048),
     layers: int = QWEN3_0_6B.layers,
     tokens: int = 16,
-    rounds: int = 12,
+    rounds: int = 16,
     starts: int = 1,
     eager: bool = False,
 ) -> list[dict[str, Any]]:
@@ -139,7 +141,9 @@ def run(
         "enforce_eager": eager,
     }  # fmt: skip
 
-    def once(known: dict[str, Setup], names: Sequence[str], size: Size, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    def once(
+        known: dict[str, Setup], names: Sequence[str], size: Size, lengths: Sequence[int], rounds: int
+    ) -> list[dict[str, Any]]:
         with contextlib.ExitStack() as stack:
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
             return measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
@@ -148,8 +152,8 @@ def run(
     with tempfile.TemporaryDirectory() as files:
         size, few = QWEN3_0_6B.share(layers), QWEN3_0_6B.share(min(layers, FEW_LAYERS))
         all_layers, few_layers = (setups(Path(files, f"{each.layers}"), each, options) for each in (size, few))
-        close = mean([row for _ in range(starts) for row in once(all_layers, CLOSE, size, prompts)])
-        far = mean(once(few_layers, FAR, few, ())) if batches else []
+        close = mean([row for _ in range(starts) for row in once(all_layers, CLOSE, size, prompts, rounds)])
+        far = mean(once(few_layers, FAR, few, (), -(-rounds // SHARE))) if batches else []
     return close + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
 
 
@@ -157,7 +161,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--starts", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--prompts", default="128,2048")

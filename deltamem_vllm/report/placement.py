@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 PATTERN = 1 << 20
-"""So many random numbers make up a weight, one block of them after the other: how long a product takes does not depend
-on them, and what is left out is the time to draw them."""
+"""So many random numbers make up the weights, one block of them after the other: how long a product takes does not
+depend on them, and what is left out is the time to draw them."""
 SPREAD = 1e-3
 """Of the random numbers, as of those that vLLM makes up (``load_format="dummy"``)."""
 
@@ -51,9 +51,17 @@ class PackedWeights:
 
         Compiled graphs find a packed weight by the address in a tensor, which is overwritten.
         """
+        largest: dict[torch.dtype, int] = {}
         for packed, dtype in self._packed.items():
-            count, size = packed.n * packed.k, min(PATTERN, packed.n * packed.k)
-            pattern = torch.empty(size).uniform_(-SPREAD, SPREAD).to(dtype)
-            weight = pattern.repeat(-(-count // size))[:count].view(packed.n, packed.k)
+            largest[dtype] = max(largest.get(dtype, 0), packed.n * packed.k)
+        numbers = {dtype: _random(count, dtype) for dtype, count in largest.items()}
+        for packed, dtype in self._packed.items():
+            weight = numbers[dtype][: packed.n * packed.k].view(packed.n, packed.k)
             packed.handler_tensor.fill_(torch.ops._C.create_onednn_mm_handler(weight.t(), 32))
         return len(self._packed)
+
+
+def _random(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers for weights, in one dimension."""
+    pattern = torch.empty(min(PATTERN, count)).uniform_(-SPREAD, SPREAD).to(dtype)
+    return pattern.repeat(-(-count // len(pattern)))
