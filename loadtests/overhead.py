@@ -1,6 +1,6 @@
 """What the memory adds to a token: vLLM alone, with the memory, with LoRA; engines that take turns.
 
-    python -m loadtests.overhead [--starts 1] [--rounds 16] [--batches 1,8] [--prompts 128,2048] [--layers 28]
+    python -m loadtests.overhead [--starts 2] [--rounds 12] [--batches 1,8] [--prompts 128,2048] [--layers 28]
 
 Qwen3-0.6B's shape with random weights, fp32, on the CPU. Every arm is an engine of its own, as users start it
 (compiled; vLLM does not compile with LoRA on a CPU). In each round every arm runs the same batch, and arms change after
@@ -9,16 +9,19 @@ percents have 8 of its 28 layers, and as large a share of its vocabulary; so can
 step costs beside its layers then weighs three times as much.
 
 Two engines that are the same differ by percents for as long as their weights lie where they lie. So before each round
-all arms pack all of their weights anew (`deltamem_vllm.report.placement`). A figure is the mean over the rounds of the
-median of an arm's ratios to vanilla in the same step; beside it stands its standard error. Vanilla runs twice: memory
-is compared with both of its engines, and what the second one is to the first shows how far the noise goes. Prompts of
-several steps, which take long, have half as many rounds, and the arms that are far apart a quarter.
+all arms give up the places of all of their weights and pack them anew, in each order in turn
+(`deltamem_vllm.report.placement`); and all of them start twice, because not all of an engine's memory is weights. A
+figure is the mean over the rounds of all starts of the median of an arm's ratios to vanilla in the same step; beside it
+stands its standard error. Vanilla runs twice: memory is compared with both of its engines, and what the second one is
+to the first shows how far the noise goes. Prompts of several steps, which take long, have a third of the rounds; the
+arms that are far apart start once and have a quarter.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import random
 import statistics
@@ -41,6 +44,8 @@ FEW_LAYERS = 8
 """Of the arms that are far apart."""
 SHARE = 4
 """These arms have one round where the others have so many."""
+LONG_SHARE = 3
+"""Prompts of several steps have one round where others have so many."""
 STEP = 512
 """Tokens of a prompt that one step takes."""
 FEW_STEPS = 4
@@ -74,6 +79,7 @@ def measure(
     arms: dict[str, Arm], vocabulary: int, batches: Sequence[int], prompts: Sequence[int], tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
     """One row per measurement and round, see `row`."""
+    orders = random.Random(0).sample(list(itertools.permutations(arms)), math.factorial(len(arms)))
 
     def rows(
         what: str, figure: Figure, batch: int, length: int, generated: int, rounds: int, times: int = 1
@@ -82,7 +88,7 @@ def measure(
             if number and (number - 1) % times == 0:  # the round that warms up runs where the weights lie
                 for arm in arms.values():
                     arm.drop_weights()
-                for name in random.Random(number).sample(list(arms), len(arms)):
+                for name in orders[(number - 1) // times % len(orders)]:
                     arms[name].pack_weights()
 
         took = take_turns(arms, batch, length, generated, vocabulary, times * rounds, move)
@@ -93,7 +99,7 @@ def measure(
     for batch in batches:
         found += rows(f"TPOT, B={batch}", per_token, batch, CONTEXT, tokens, rounds)
     for length in prompts:
-        many = {"rounds": -(-rounds // 2)} if length > STEP else {"rounds": rounds, "times": FEW_STEPS}
+        many = {"rounds": -(-rounds // LONG_SHARE)} if length > STEP else {"rounds": rounds, "times": FEW_STEPS}
         found += rows(f"TTFT, {length} tokens", first, 1, length, 1, **many)
     return found
 
@@ -129,9 +135,9 @@ def run(
     batches: Sequence[int] = (1, 8),
     prompts: Sequence[int] = (128, 2048),
     layers: int = QWEN3_0_6B.layers,
-    tokens: int = 16,
-    rounds: int = 16,
-    starts: int = 1,
+    tokens: int = 12,
+    rounds: int = 12,
+    starts: int = 2,
     eager: bool = False,
 ) -> list[dict[str, Any]]:
     """Start the arms and measure; rows as of `measure`, those of the close arms first. Time to the first token is not
@@ -160,9 +166,9 @@ def run(
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--starts", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--starts", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=12, help="of each start")
+    parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--prompts", default="128,2048")
     parser.add_argument("--layers", type=int, default=QWEN3_0_6B.layers)
