@@ -10,11 +10,11 @@ step costs beside its layers then weighs three times as much.
 
 Two engines that are the same differ by percents for as long as their weights lie where they lie. So before each round
 all arms give up the places of all of their weights and pack them anew, in each order in turn
-(`deltamem_vllm.report.placement`); and all of them start twice, because not all of an engine's memory is weights. A
-figure is the mean over the rounds of all starts of the median of an arm's ratios to vanilla in the same step; beside it
-stands its standard error. Vanilla runs twice: memory is compared with both of its engines, and what the second one is
-to the first shows how far the noise goes. Prompts of several steps, which take long, have a third of the rounds; the
-arms that are far apart start once and have a quarter.
+(`deltamem_vllm.report.placement`). Not all of an engine's memory is weights: all of them start twice, the second time
+in the opposite order. A figure is the mean over the rounds of both starts of the median of an arm's ratios to vanilla
+in the same step; beside it stands its standard error. Vanilla runs twice: memory is compared with both of its engines,
+and what the second one is to the first shows how far the noise goes. Prompts of several steps, which take long, have a
+third of the rounds; the arms that are far apart start once and have a quarter.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def run(
     with tempfile.TemporaryDirectory() as files:
         size, few = QWEN3_0_6B.share(layers), QWEN3_0_6B.share(min(layers, FEW_LAYERS))
         all_layers, few_layers = (setups(Path(files, f"{each.layers}"), each, options) for each in (size, few))
-        close = mean([row for _ in range(starts) for row in once(all_layers, CLOSE, size, prompts, rounds)])
+        turns = [CLOSE, CLOSE[::-1]] * starts
+        close = mean([row for arms in turns[:starts] for row in once(all_layers, arms, size, prompts, rounds)])
         far = mean(once(few_layers, FAR, few, (), -(-rounds // SHARE))) if batches else []
     return close + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
 
