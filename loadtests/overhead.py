@@ -42,7 +42,7 @@ CLOSE, FAR = (VANILLA, MEMORY, AGAIN), (VANILLA, MEMORY, LORA, LOOP)
 """Arms that differ by percents, and those that differ by so much that one start tells."""
 FEW_LAYERS = 8
 """Of the arms that are far apart."""
-SHARE = 4
+FAR_SHARE = 4
 """These arms have one round where the others have so many."""
 LONG_SHARE = 3
 """Prompts of several steps have one round where others have so many."""
@@ -79,7 +79,8 @@ def measure(
     arms: dict[str, Arm], vocabulary: int, batches: Sequence[int], prompts: Sequence[int], tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
     """One row per measurement and round, see `row`."""
-    orders = random.Random(0).sample(list(itertools.permutations(arms)), math.factorial(len(arms)))
+    orders = list(itertools.permutations(arms))
+    random.Random(0).shuffle(orders)
 
     def rows(
         what: str, figure: Figure, batch: int, length: int, generated: int, rounds: int, times: int = 1
@@ -158,9 +159,9 @@ def run(
     with tempfile.TemporaryDirectory() as files:
         size, few = QWEN3_0_6B.share(layers), QWEN3_0_6B.share(min(layers, FEW_LAYERS))
         all_layers, few_layers = (setups(Path(files, f"{each.layers}"), each, options) for each in (size, few))
-        turns = [CLOSE, CLOSE[::-1]] * starts
-        close = mean([row for arms in turns[:starts] for row in once(all_layers, arms, size, prompts, rounds)])
-        far = mean(once(few_layers, FAR, few, (), -(-rounds // SHARE))) if batches else []
+        turns = itertools.islice(itertools.cycle((CLOSE, CLOSE[::-1])), starts)
+        close = mean([row for arms in turns for row in once(all_layers, arms, size, prompts, rounds)])
+        far = mean(once(few_layers, FAR, few, (), -(-rounds // FAR_SHARE))) if batches else []
     return close + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
 
 
