@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from loadtests import decode, elision, goals, hooks, kernels, long_history, overhead, plot, sessions
+from loadtests import decode, elision, goals, hooks, kernels, long_history, overhead, plot, sessions, table
 
 Rows = list[dict[str, Any]]
 PARTS: dict[str, tuple[str, Callable[[], Rows]]] = {
@@ -30,30 +29,13 @@ PARTS: dict[str, tuple[str, Callable[[], Rows]]] = {
 ROOT = Path(__file__).parents[1]
 
 
-def shown(rows: Rows) -> Table:
-    """Rows as a table; columns are those of any row."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*names)
-    for row in rows:
-        table.add_row(*(_text(row.get(name)) for name in names))
-    return table
-
-
 def markdown(results: dict[str, Rows], problems: dict[str, str]) -> str:
     """Goals, then every part."""
     lines = ["## goals", "", *goals.table(results)]
     for part, rows in results.items():
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        lines += ["", f"## {PARTS[part][0]}", "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-        lines += ["| " + " | ".join(_text(row.get(name)) for name in names) + " |" for row in rows]
+        lines += ["", f"## {PARTS[part][0]}", "", *table.markdown(rows)]
     lines += [f"\nNothing of *{PARTS[part][0]}*: {problem}" for part, problem in problems.items()]
     return "\n".join(lines) + "\n"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.{0 if abs(value) >= 1000 else 2}f}"
-    return "" if value is None else str(value)
 
 
 def machine() -> str:
@@ -83,7 +65,7 @@ def main() -> int:
             problems[part] = f"{type(error).__name__}: {error}"
             console.print(f"nothing measured: {problems[part]}")
         else:
-            console.print(shown(results[part]))
+            console.print(table.shown(results[part]))
     given.out.mkdir(parents=True, exist_ok=True)
     whole = {"machine": machine(), "parts": results, "problems": problems}
     (given.out / "results.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")

@@ -22,7 +22,6 @@ from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from vllm import _custom_ops as vllm_ops
 
@@ -33,6 +32,7 @@ from deltamem_vllm.ops.native import LayerConstants, LayerRows, LayerTable, Nati
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, mask_words
 from deltamem_vllm.ops.pooled import Book
 from loadtests.kernels import QKV, Q, running
+from loadtests.table import shown
 
 BATCHES = (1, 8, 64)
 LAYERS = 6
@@ -236,11 +236,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--models", type=int, default=5)
     given = parser.parse_args()
-    rows = measure(given.repeats, models=given.models)
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    Console().print(shown(measure(given.repeats, models=given.models)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the memory adds to a token: vLLM alone, with the memory, with LoRA; engines that take turns.
 
-    python -m loadtests.overhead [--starts 2] [--rounds 12] [--batches 1,8] [--prompts 128,2048] [--layers 28]
+    python -m loadtests.overhead [--starts 3] [--rounds 8] [--batches 1,8] [--prompts 128,2048] [--layers 28]
 
 Qwen3-0.6B's shape with random weights, fp32, on the CPU. Every arm is an engine of its own, as users start it
 (compiled; vLLM does not compile with LoRA on a CPU). In each round every arm runs the same batch, and arms change after
@@ -10,11 +10,12 @@ step costs beside its layers then weighs three times as much.
 
 Two engines that are the same differ by percents for as long as their weights lie where they lie. So before each round
 all arms give up the places of all of their weights and pack them anew, in each order in turn
-(`deltamem_vllm.report.placement`). Not all of an engine's memory is weights: all of them start twice, the second time
-in the opposite order. A figure is the mean over the rounds of both starts of the median of an arm's ratios to vanilla
-in the same step; beside it stands its standard error. Vanilla runs twice: memory is compared with both of its engines,
-and what the second one is to the first shows how far the noise goes. Prompts of several steps, which take long, have a
-third of the rounds; the arms that are far apart start once and have a quarter.
+(`deltamem_vllm.report.placement`). Not all of an engine's memory is weights: all of them start three times, each arm
+once in each place of the order, behind a start that is not measured, for which vLLM compiles. A figure is the mean over
+the rounds of all starts of the median of an arm's ratios to vanilla in the same step; beside it stands its standard
+error. Vanilla runs twice: memory is compared with both of its engines, and what the second one is to the first shows
+how far the noise goes. Prompts of several steps, which take long, have a third of the rounds; so have the arms that are
+far apart, which start once.
 """
 
 from __future__ import annotations
@@ -31,25 +32,25 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from deltamem_vllm.report.arm import Arm, Setup
 from deltamem_vllm.report.compare import Figure, Took, first, milliseconds, per_token, ratio, take_turns
 from deltamem_vllm.report.random import QWEN3_0_6B, Size, write_adapter, write_lora, write_model
+from loadtests.table import shown
 
 VANILLA, MEMORY, AGAIN, LORA, LOOP = "vanilla", "memory", "vanilla again", "lora", "plain torch loop"
 CLOSE, FAR = (VANILLA, MEMORY, AGAIN), (VANILLA, MEMORY, LORA, LOOP)
 """Arms that differ by percents, and those that differ by so much that one start tells."""
 FEW_LAYERS = 8
 """Of the arms that are far apart."""
-FAR_SHARE = 4
-"""These arms have one round where the others have so many."""
-LONG_SHARE = 3
-"""Prompts of several steps have one round where others have so many."""
+SHARE = 3
+"""Arms that are far apart, and prompts of several steps, have one round where others have so many."""
 STEP = 512
 """Tokens of a prompt that one step takes."""
 FEW_STEPS = 4
 """Prompts of one step that a round has: one pause of the machine is then no longer all of it."""
+START = "start"
+"""Which start of the engines a row is of."""
 CONTEXT = 64
 """Tokens of the prompts behind which time per token is measured."""
 
@@ -100,7 +101,7 @@ def measure(
     for batch in batches:
         found += rows(f"TPOT, B={batch}", per_token, batch, CONTEXT, tokens, rounds)
     for length in prompts:
-        many = {"rounds": -(-rounds // LONG_SHARE)} if length > STEP else {"rounds": rounds, "times": FEW_STEPS}
+        many = {"rounds": -(-rounds // SHARE)} if length > STEP else {"rounds": rounds, "times": FEW_STEPS}
         found += rows(f"TTFT, {length} tokens", first, 1, length, 1, **many)
     return found
 
@@ -117,18 +118,27 @@ def row(what: str, took: Took, figure: Figure) -> dict[str, Any]:
     return values
 
 
+def turned(arms: Sequence[str], number: int) -> tuple[str, ...]:
+    """The order in which arms start for the so many-th time: each comes first once, second once, and so on."""
+    at = number % len(arms)
+    return (*arms[at:], *arms[:at])
+
+
 def mean(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of all rounds as one per measurement: means of their figures, and the memory's standard error."""
+    """The rows of all rounds as one per measurement: means of their figures, the memory's standard error, and the
+    rounds themselves."""
     by_what: dict[str, list[dict[str, Any]]] = {}
     for each in rows:
-        by_what.setdefault(each["what"], []).append(each)
+        by_what.setdefault(each["what"], []).append({name: each[name] for name in each if name != "what"})
     found = []
     for what, rounds in by_what.items():
-        means = {name: statistics.fmean(each[name] for each in rounds) for name in rounds[0] if name != "what"}
+        means: dict[str, Any] = {
+            name: statistics.fmean(each[name] for each in rounds) for name in rounds[0] if name != START
+        }
         if len(rounds) > 1:
             error = statistics.stdev(each[f"{MEMORY} %"] for each in rounds) / math.sqrt(len(rounds))
             means |= {f"{MEMORY} % ±": error, "rounds": len(rounds)}
-        found.append({"what": what, **means})
+        found.append({"what": what, **means, "by round": rounds})
     return found
 
 
@@ -137,8 +147,8 @@ def run(
     prompts: Sequence[int] = (128, 2048),
     layers: int = QWEN3_0_6B.layers,
     tokens: int = 12,
-    rounds: int = 12,
-    starts: int = 2,
+    rounds: int = 8,
+    starts: int = 3,
     eager: bool = False,
 ) -> list[dict[str, Any]]:
     """Start the arms and measure; rows as of `measure`, those of the close arms first. Time to the first token is not
@@ -155,21 +165,26 @@ def run(
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
             return measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
 
-    # The same files for all starts: what vLLM has compiled for one of them the next one finds.
+    # The same files for all starts, and one that is not measured: what vLLM has compiled for it all others find.
     with tempfile.TemporaryDirectory() as files:
         size, few = QWEN3_0_6B.share(layers), QWEN3_0_6B.share(min(layers, FEW_LAYERS))
         all_layers, few_layers = (setups(Path(files, f"{each.layers}"), each, options) for each in (size, few))
-        turns = itertools.islice(itertools.cycle((CLOSE, CLOSE[::-1])), starts)
-        close = mean([row for arms in turns for row in once(all_layers, arms, size, prompts, rounds)])
-        far = mean(once(few_layers, FAR, few, (), -(-rounds // FAR_SHARE))) if batches else []
-    return close + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
+        for name in (VANILLA, MEMORY):
+            Arm(name, all_layers[name]).close()
+        close = [
+            {START: number + 1, **row}
+            for number in range(starts)
+            for row in once(all_layers, turned(CLOSE, number), size, prompts, rounds)
+        ]
+        far = mean(once(few_layers, FAR, few, (), -(-rounds // SHARE))) if batches else []
+    return mean(close) + [{**row, "what": f"{row['what']}, beside LoRA"} for row in far]
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--starts", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=12, help="of each start")
+    parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8, help="of each start")
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--prompts", default="128,2048")
@@ -177,12 +192,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     given = parser.parse_args()
     batches, prompts = ([int(x) for x in text.split(",") if x] for text in (given.batches, given.prompts))
-    console = Console()
-    for each in run(batches, prompts, given.layers, given.tokens, given.rounds, given.starts, given.eager):
-        values = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in each.values())
-        table = Table(*each)
-        table.add_row(*values)
-        console.print(table)
+    Console().print(shown(run(batches, prompts, given.layers, given.tokens, given.rounds, given.starts, given.eager)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from deltamem_vllm.ops.layout import RELEASED
 from deltamem_vllm.ops.native import NativeOps, tiled
 from deltamem_vllm.report.arm import Timing
 from deltamem_vllm.report.compare import per_token
-from loadtests import decode, goals, hooks, overhead, plot, sessions
+from loadtests import decode, goals, hooks, overhead, plot, sessions, table
 from loadtests.__main__ import PARTS, markdown
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -76,12 +76,27 @@ def test_a_figure_within_the_noise_says_nothing(again: float, said: str) -> None
     assert line.endswith(f"| -2.00 ± 0.25 | {said} |")
 
 
-def test_rounds_are_averaged() -> None:
-    one, two, further = ({"what": "TPOT", "vanilla ms": 2.0, "memory %": percent} for percent in (-1.0, 4.0, 0.0))
-    assert overhead.mean([one, {**further, "what": "TTFT"}, two]) == [
-        {"what": "TPOT", "vanilla ms": 2.0, "memory %": 1.5, "memory % ±": pytest.approx(2.5), "rounds": 2},
-        {"what": "TTFT", "vanilla ms": 2.0, "memory %": 0.0},
+def test_rounds_are_averaged_and_kept() -> None:
+    figures = ((1, -1.0), (1, 0.0), (2, 4.0))
+    rounds = [{"start": start, "vanilla ms": 2.0, "memory %": percent} for start, percent in figures]
+    one, further, two = ({"what": what, **each} for what, each in zip(("TPOT", "TTFT", "TPOT"), rounds, strict=True))
+    error = {"memory % ±": pytest.approx(2.5), "rounds": 2}
+    rows = overhead.mean([one, further, two])
+    assert rows == [
+        {"what": "TPOT", "vanilla ms": 2.0, "memory %": 1.5, **error, "by round": [rounds[0], rounds[2]]},
+        {"what": "TTFT", "vanilla ms": 2.0, "memory %": 0.0, "by round": [rounds[1]]},
     ]
+    assert table.markdown(rows) == [
+        "| what | vanilla ms | memory % | memory % ± | rounds |",
+        "|---|---|---|---|---|",
+        "| TPOT | 2.00 | 1.50 | 2.50 | 2 |",
+        "| TTFT | 2.00 | 0.00 |  |  |",
+    ]
+
+
+def test_every_arm_starts_once_in_each_place() -> None:
+    orders = [overhead.turned(overhead.CLOSE, number) for number in range(len(overhead.CLOSE))]
+    assert all(sorted(each) == sorted(overhead.CLOSE) for each in (*orders, *zip(*orders, strict=True)))
 
 
 class Counted:
