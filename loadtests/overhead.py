@@ -151,8 +151,9 @@ def run(
     starts: int = 3,
     eager: bool = False,
 ) -> list[dict[str, Any]]:
-    """Start the arms and measure; rows as of `measure`, those of the close arms first. Time to the first token is not
-    measured of the far ones: they have no goal for it, and take minutes."""
+    """Start the arms and measure; rows as of `mean`, those of the close arms first. What each start says by itself goes
+    to standard error as soon as it is known. Time to the first token is not measured of the far ones: they have no goal
+    for it, and take minutes."""
     options: dict[str, Any] = {
         "dtype": "float32", "max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": STEP, "seed": 0,
         "enforce_eager": eager,
@@ -163,7 +164,9 @@ def run(
     ) -> list[dict[str, Any]]:
         with contextlib.ExitStack() as stack:
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
-            return measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
+            found = measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
+        Console(stderr=True).print(f"started in the order {', '.join(names)}:", shown(mean(found)))
+        return found
 
     # The same files for all starts, and one that is not measured: what vLLM has compiled for it all others find.
     with tempfile.TemporaryDirectory() as files:
