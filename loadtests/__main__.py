@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from loadtests import decode, elision, goals, hooks, kernels, long_history, overhead, plot, sessions, table
 
 Rows = list[dict[str, Any]]
@@ -55,24 +53,24 @@ def main() -> int:
     parts = given.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
         parser.error(f"unknown parts: {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    console, results, problems = Console(), {}, {}
+    screen, results, problems = table.console(), {}, {}
     for part in parts:
         title, measure = PARTS[part]
-        console.print(f"\n{title} …")
+        screen.print(f"\n{title} …")
         try:
             results[part] = measure()
         except (Exception, SystemExit) as error:  # noqa: BLE001  the other parts have figures of their own
             problems[part] = f"{type(error).__name__}: {error}"
-            console.print(f"nothing measured: {problems[part]}")
+            screen.print(f"nothing measured: {problems[part]}")
         else:
-            console.print(table.shown(results[part]))
+            screen.print(table.shown(results[part]))
     given.out.mkdir(parents=True, exist_ok=True)
     whole = {"machine": machine(), "parts": results, "problems": problems}
     (given.out / "results.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
     text = f"{machine()}\n\n{markdown(results, problems)}"
     (given.out / "results.md").write_text(text, encoding="utf-8")
     plot.draw(results, given.out / "results.png", machine())
-    console.print("\n" + "\n".join(goals.table(results)) + f"\n\nall of it: {given.out}")
+    screen.print("\n" + "\n".join(goals.table(results)) + f"\n\nall of it: {given.out}")
     return int(bool(problems))
 
 

@@ -21,13 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import httpx
-from rich.console import Console
 from rich.table import Table
 
 from deltamem_vllm.demo.server import VllmServer
 from deltamem_vllm.recall import ADAPTER_DIR, MODEL_DIR
 from deltamem_vllm.recall.data import Shape, dialogues, turn_messages
 from deltamem_vllm.recall.sessions import Session, heldout_sessions, is_right
+from loadtests.table import console
 
 Messages = list[dict[str, str]]
 KEPT = (0, 2, 8)
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=200)
     parser.add_argument("--sessions", type=int, default=32)
     given = parser.parse_args()
-    console = Console()
+    screen = console()
     with serving(room(given.turns)) as server:
         early = max(LAST, given.turns // 10)
         table = Table(title=f"time to the first token, median of {LAST} turns, ms")
@@ -203,7 +203,7 @@ def main() -> None:
         for arm, seconds in speed(server, given.turns).items():
             begun, ended, ratio = growth(seconds, early, given.turns)
             table.add_row(arm, f"{1e3 * begun:.1f}", f"{1e3 * ended:.1f}", f"{ratio:.2f}")
-        console.print(table)
+        screen.print(table)
         table = Table(title=f"right answers about what was told earlier, {given.sessions} held-out sessions")
         for column in ("context messages", "memory", "no memory"):
             table.add_column(column)
@@ -211,7 +211,7 @@ def main() -> None:
         for keep in KEPT:
             shares = [recall(server, sessions, keep, memory) for memory in (True, False)]
             table.add_row(str(keep), *(f"{100 * share:.1f} %" for share in shares))
-        console.print(table)
+        screen.print(table)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 from vllm.v1.request import RequestStatus
 
@@ -25,6 +24,7 @@ from deltamem_vllm.sessions.grants import EXTRA
 from deltamem_vllm.sessions.scheduler import SchedulerSide
 from deltamem_vllm.sessions.service import SessionService
 from deltamem_vllm.sessions.steps import Answer
+from loadtests.table import console
 
 SHAPE = (36, 1, 8, 8)
 PROMPT = 1024
@@ -132,11 +132,11 @@ def main() -> None:
     table = Table("hook", "times", "p50 µs", "p99 µs")
     for row in measure(args.running, args.steps):
         table.add_row(row["hook"], str(row["times"]), f"{row['p50 µs']:.1f}", f"{row['p99 µs']:.1f}")
-    console = Console()
-    console.print(
+    screen = console()
+    screen.print(
         f"{args.running} sessions running, prompts of {PROMPT} tokens, states of {int(np.prod(SHAPE)) * 4} bytes"
     )
-    console.print(table)
+    screen.print(table)
 
 
 if __name__ == "__main__":

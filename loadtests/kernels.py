@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from deltamem_vllm.ops import reference
@@ -23,6 +22,7 @@ from deltamem_vllm.ops.layout import RELEASED, MemoryShape
 from deltamem_vllm.ops.native import LayerConstants, LayerRows, LayerTable, NativeOps, tiled
 from deltamem_vllm.ops.paged import WRITE_ALL, Batch, PagedOps, mask_words
 from deltamem_vllm.ops.pooled import Book
+from loadtests.table import console
 
 BLOCK = 32
 TOLERANCE = 5e-6
@@ -222,12 +222,12 @@ def main() -> None:
         us = (f"{row[name]:.1f}" if (name := f"decode_{n}_us") in row else "" for n in DECODES)
         arm = row["implementation"] if row["isa"] is None else f"native ({row['isa']})"
         table.add_row(arm, str(row["threads"]), str(row["rank"]), str(row["heads"]), *ns, *us)
-    console = Console()
-    console.print(
+    screen = console()
+    screen.print(
         f"ns per token and layer over {args.tokens} tokens, of corrections over {STEP}; µs per decode step of 1, 8 and "
         f"64 requests and layer, half a block to replay; median of {args.repeats}"
     )
-    console.print(table)
+    screen.print(table)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ step costs beside its layers then weighs three times as much.
 
 Two engines that are the same differ by percents for as long as their weights lie where they lie. So before each round
 all arms give up the places of all of their weights and pack them anew, in each order in turn
-(`deltamem_vllm.report.placement`). Not all of an engine's memory is weights: all of them start three times, each arm
-once in each place of the order, behind a start that is not measured, for which vLLM compiles. A figure is the mean over
+(`deltamem_vllm.report.placement`). Cores differ, too: in a round all arms take their steps on the same one, in the next
+round on the next. Not all of an engine's memory is weights: all of them start three times, each arm once in each place
+of the order, behind a start that is not measured, for which vLLM compiles. A figure is the mean over
 the rounds of all starts of the median of an arm's ratios to vanilla in the same step; beside it stands its standard
 error. Vanilla runs twice: memory is compared with both of its engines, and what the second one is to the first shows
 how far the noise goes. Prompts of several steps, which take long, have a third of the rounds; so have the arms that are
@@ -24,6 +25,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import os
 import random
 import statistics
 import tempfile
@@ -31,12 +33,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from deltamem_vllm.report.arm import Arm, Setup
 from deltamem_vllm.report.compare import Figure, Took, first, milliseconds, per_token, ratio, take_turns
 from deltamem_vllm.report.random import QWEN3_0_6B, Size, write_adapter, write_lora, write_model
-from loadtests.table import shown
+from loadtests.table import console, shown
 
 VANILLA, MEMORY, AGAIN, LORA, LOOP = "vanilla", "memory", "vanilla again", "lora", "plain torch loop"
 CLOSE, FAR = (VANILLA, MEMORY, AGAIN), (VANILLA, MEMORY, LORA, LOOP)
@@ -82,6 +82,7 @@ def measure(
     """One row per measurement and round, see `row`."""
     orders = list(itertools.permutations(arms))
     random.Random(0).shuffle(orders)
+    cores = sorted(os.sched_getaffinity(0))
 
     def rows(
         what: str, figure: Figure, batch: int, length: int, generated: int, rounds: int, times: int = 1
@@ -90,8 +91,10 @@ def measure(
             if number and (number - 1) % times == 0:  # the round that warms up runs where the weights lie
                 for arm in arms.values():
                     arm.drop_weights()
-                for name in orders[(number - 1) // times % len(orders)]:
+                at = (number - 1) // times
+                for name in orders[at % len(orders)]:
                     arms[name].pack_weights()
+                    arms[name].run_on(cores[at % len(cores)])
 
         took = take_turns(arms, batch, length, generated, vocabulary, times * rounds, move)
         starts = range(0, times * rounds, times)
@@ -165,7 +168,7 @@ def run(
         with contextlib.ExitStack() as stack:
             arms = {name: stack.enter_context(Arm(name, known[name])) for name in names}
             found = measure(arms, size.vocabulary, batches, lengths, tokens, rounds)
-        Console(stderr=True).print(f"started in the order {', '.join(names)}:", shown(mean(found)))
+        console(stderr=True).print(f"started in the order {', '.join(names)}:", shown(mean(found)))
         return found
 
     # The same files for all starts, and one that is not measured: what vLLM has compiled for it all others find.
@@ -195,7 +198,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     given = parser.parse_args()
     batches, prompts = ([int(x) for x in text.split(",") if x] for text in (given.batches, given.prompts))
-    Console().print(shown(run(batches, prompts, given.layers, given.tokens, given.rounds, given.starts, given.eager)))
+    console().print(shown(run(batches, prompts, given.layers, given.tokens, given.rounds, given.starts, given.eager)))
 
 
 if __name__ == "__main__":

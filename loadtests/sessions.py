@@ -19,7 +19,6 @@ from typing import Any
 
 import apsw
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from deltamem_vllm.sessions.meters import Meters
@@ -30,6 +29,7 @@ from deltamem_vllm.store.protocol import Expect, Record, SessionKey, new_incarna
 from deltamem_vllm.store.sqlite import SQLiteStore
 from deltamem_vllm.store.writer import CommitWriter
 from loadtests.pages import seed_seconds
+from loadtests.table import console
 
 Row = dict[str, Any]
 GROUP = 256
@@ -284,7 +284,7 @@ def main() -> None:
     for each in rows(args.commits, args.layers, args.rounds):
         figures = (f"{each[name]:.{0 if each[name] >= 100 else 2}f}" for name in ("value", "least", "most"))
         table.add_row(each["name"], *figures, each["unit"], each["goal"])
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

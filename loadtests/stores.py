@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from deltamem_vllm.store.protocol import Record, SessionKey, StateStore, new_incarnation
 from deltamem_vllm.store.url import open_store
+from loadtests.table import console
 
 GROUP = 32
 
@@ -89,7 +89,7 @@ def main() -> None:
         for session in range(GROUP + 1):
             store.delete(SessionKey("loadtest", f"s{session}"))
         store.close()
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

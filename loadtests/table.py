@@ -6,9 +6,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+WIDE = 200
+"""Columns of what is no terminal, such as a file: tables have many, and are cut where they do not fit."""
 Rows = Sequence[dict[str, Any]]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where tables go."""
+    found = Console(stderr=stderr)
+    return found if found.is_terminal else Console(stderr=stderr, width=WIDE)
 
 
 def shown(rows: Rows) -> Table:

@@ -61,7 +61,9 @@ def _direct(node: Any, arguments: list[str]) -> list[str]:
     ):
         return []
     V.graph.wrapper_code.add_import_once(f"import {direct.__name__} as {_MODULE}")
-    shape = f"{out}.size(0), {columns}, {direct.DTYPES[rows.get_dtype()]}"
+    # The count under the name with which room for the rows was made: to ask the tensor is one more call, whose code comes
+    # from memory.
+    shape = f"{V.graph.wrapper_code.codegen_python_sizevar(count)}, {columns}, {direct.DTYPES[rows.get_dtype()]}"
     return [
         f"torch.ops._C.onednn_mm.default({out}, {hidden}, {bias}, {handler})",
         f"{CALL}({out}.data_ptr(), {shape}, {read}.data_ptr(), {width}, {place})",

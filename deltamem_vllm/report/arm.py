@@ -146,6 +146,10 @@ class Arm:
         packed: int = self._call("pack_weights")
         return packed
 
+    def run_on(self, core: int) -> None:
+        """Have the thread that takes the engine's steps run on one core from now on; its others run where they like."""
+        os.sched_setaffinity(self._process.pid, {core})
+
     def facts(self) -> dict[str, Any]:
         """See `Served.facts`; and ``peak_bytes``: most memory that the engine's processes have held, added up."""
         found: dict[str, Any] = self._call("facts")

@@ -11,12 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from loadtests.__main__ import ROOT, machine
 from loadtests.slo import picture, summary, trace
 from loadtests.slo.arms import rounds, serving
 from loadtests.slo.replay import Answer
+from loadtests.table import console
 
 
 async def measure(traces: list[trace.Trace]) -> tuple[dict[str, list[list[Answer]]], summary.Rows]:
@@ -57,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     (given.out / "results.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
     (given.out / "results.md").write_text(text, encoding="utf-8")
     picture.draw(answers, next(iter(tables.values())), given.out / "results.png", f"{machine()}; {load}")
-    Console(width=200).print(text, f"all of it: {given.out}", markup=False)
+    console().print(text, f"all of it: {given.out}", markup=False)
     return int(any(row["outcome"] != "409" for row in tables["answers that are no success"]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,11 @@ class Counted:
     def __init__(self) -> None:
         self.moved = self.left = 0
         self.dropped = False
+        self.cores: list[int] = []
         self.timing = Timing(0.0, [], 0.0)
+
+    def run_on(self, core: int) -> None:
+        self.cores.append(core)
 
     def drop_weights(self) -> None:
         assert not self.dropped
@@ -131,7 +136,8 @@ class Counted:
 
 
 def test_every_row_is_of_other_places_of_the_weights() -> None:
-    """Before each round every arm moves its weights: where a round has several prompts, they run on the same."""
+    """Before each round every arm moves its weights, and all of them to one core: where a round has several prompts,
+    they run on the same."""
     arms: dict[str, Any] = {name: Counted() for name in overhead.CLOSE}
     rows = overhead.measure(arms, 100, [2], [128, 2048], tokens=3, rounds=4)
     assert [row["what"] for row in rows] == ["TPOT, B=2"] * 4 + ["TTFT, 128 tokens"] * 4 + ["TTFT, 2048 tokens"] * 2
@@ -139,6 +145,8 @@ def test_every_row_is_of_other_places_of_the_weights() -> None:
     assert all(place == round(place) for place in places), "a row mixes places"
     assert len(set(places)) == len(rows), "two rows are of the same places"
     assert all(row["memory %"] == row["vanilla again %"] == 0 for row in rows), "an arm was left where it was"
+    assert len({tuple(arm.cores) for arm in arms.values()}) == 1, "arms of one round run on different cores"
+    assert {*arms["vanilla"].cores} == os.sched_getaffinity(0)
 
 
 def test_memory_is_compared_with_both_engines_of_vanilla() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -59,7 +60,9 @@ def test_a_layer_is_a_product_and_a_plain_call(dtype: torch.dtype, number: int) 
     assert OPERATOR not in code
     assert code.count(PRODUCT) == 1
     [call] = [line for line in code.splitlines() if written.CALL in line]
-    assert f".size(0), {COLUMNS}, {number}, " in call
+    made = re.search(rf"empty_strided_cpu\(\((\w+), {COLUMNS}\)", code)
+    assert made is not None, "no room for the rows"
+    assert f".data_ptr(), {made[1]}, {COLUMNS}, {number}, " in call
     assert call.endswith(f".data_ptr(), {SHAPE.width}, 5)")
     assert code.index(PRODUCT) < code.index(call)
 
