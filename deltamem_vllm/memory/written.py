@@ -61,8 +61,8 @@ def _direct(node: Any, arguments: list[str]) -> list[str]:
     ):
         return []
     V.graph.wrapper_code.add_import_once(f"import {direct.__name__} as {_MODULE}")
-    # The count under the name with which room for the rows was made: to ask the tensor is one more call, whose code comes
-    # from memory.
+    # The count under the name with which room for the rows was made: asking the tensor is one more call, whose code
+    # comes from memory.
     shape = f"{V.graph.wrapper_code.codegen_python_sizevar(count)}, {columns}, {direct.DTYPES[rows.get_dtype()]}"
     return [
         f"torch.ops._C.onednn_mm.default({out}, {hidden}, {bias}, {handler})",
