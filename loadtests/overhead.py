@@ -14,9 +14,9 @@ all arms give up the places of all of their weights and pack them anew, in each 
 round on the next. Not all of an engine's memory is weights: all of them start three times, each arm once in each place
 of the order, behind a start that is not measured, for which vLLM compiles. A figure is the mean over
 the rounds of all starts of the median of an arm's ratios to vanilla in the same step; beside it stands its standard
-error. Vanilla runs twice: memory is compared with both of its engines, and what the second one is to the first shows
-how far the noise goes. Prompts of several steps, which take long, have a third of the rounds; so have the arms that are
-far apart, which start once.
+error over starts. Vanilla runs twice: memory is compared with both of its engines, and what the second one is to the
+first shows how far the noise goes. Prompts of several steps, which take long, have a third of the rounds; so have the
+arms that are far apart, which start once.
 """
 
 from __future__ import annotations
@@ -139,10 +139,20 @@ def mean(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             name: statistics.fmean(each[name] for each in rounds) for name in rounds[0] if name != START
         }
         if len(rounds) > 1:
-            error = statistics.stdev(each[f"{MEMORY} %"] for each in rounds) / math.sqrt(len(rounds))
-            means |= {f"{MEMORY} % ±": error, "rounds": len(rounds)}
+            means |= {f"{MEMORY} % ±": _error(rounds), "rounds": len(rounds)}
         found.append({"what": what, **means, "by round": rounds})
     return found
+
+
+def _error(rounds: Sequence[dict[str, Any]]) -> float:
+    """Standard error of the memory's mean: over starts, by which engines differ more than from round to round; over
+    rounds where there is one start."""
+    starts: dict[int, list[float]] = {}
+    for each in rounds:
+        starts.setdefault(each.get(START, 0), []).append(each[f"{MEMORY} %"])
+    each_start = [statistics.fmean(each) for each in starts.values()]
+    values = each_start if len(starts) > 1 else [each[f"{MEMORY} %"] for each in rounds]
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def run(
