@@ -12,11 +12,11 @@ Two engines that are the same differ by percents for as long as their weights li
 all arms give up the places of all of their weights and pack them anew, in each order in turn
 (`deltamem_vllm.report.placement`). Cores differ, too: in a round all arms take their steps on the same one, in the next
 round on the next. Not all of an engine's memory is weights: all of them start three times, each arm once in each place
-of the order, behind a start that is not measured, for which vLLM compiles. A figure is the mean over
-the rounds of all starts of the median of an arm's ratios to vanilla in the same step; beside it stands its standard
-error over starts. Vanilla runs twice: memory is compared with both of its engines, and what the second one is to the
-first shows how far the noise goes. Prompts of several steps, which take long, have a third of the rounds; so have the
-arms that are far apart, which start once.
+of the order, behind a start that is not measured, for which vLLM compiles. A figure is the mean over the rounds of all
+starts of the median of an arm's ratios to vanilla in the same step; beside it stands its standard error over starts.
+Vanilla runs twice: memory is compared with both of its engines, and what the second one is to the first shows how far
+the noise goes. Prompts of several steps, which take long, have a third of the rounds; so have the arms that are far
+apart, which start once.
 """
 
 from __future__ import annotations
