@@ -129,7 +129,7 @@ class Model:
         batch = Batch(self.blocks, starts, lengths, self.limits, self.unwritten, BLOCK, self.requests)
         rows = LayerRows(self.qkv[0](self.hidden(new * self.requests)), None, self.reads(new * self.requests))
         self.native.scan_first(self.shape, rows, self.table, self.book, batch)
-        self.rows = new * self.requests  # as what Inductor writes knows it; asking a tensor takes microseconds
+        self.rows = new * self.requests  # as what Inductor writes knows it, which asks no tensor
         self.tokens += new
         return batch
 

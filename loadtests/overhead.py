@@ -145,7 +145,7 @@ def mean(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _error(rounds: Sequence[dict[str, Any]]) -> float:
-    """Standard error of the memory's mean: over starts, by which engines differ more than from round to round; over
+    """Standard error of the memory's mean: over starts, because the rounds of one start are of the same engines; over
     rounds where there is one start."""
     starts: dict[int, list[float]] = {}
     for each in rounds:

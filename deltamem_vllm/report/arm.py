@@ -147,7 +147,8 @@ class Arm:
         return packed
 
     def run_on(self, core: int) -> None:
-        """Have the thread that takes the engine's steps run on one core from now on; its others run where they like."""
+        """Have the thread that takes the engine's steps, and those that it starts from now on, run on one core; others
+        run where they like."""
         os.sched_setaffinity(self._process.pid, {core})
 
     def facts(self) -> dict[str, Any]:

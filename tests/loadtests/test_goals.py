@@ -147,7 +147,7 @@ def test_every_row_is_of_other_places_of_the_weights() -> None:
     assert len(set(places)) == len(rows), "two rows are of the same places"
     assert all(row["memory %"] == row["vanilla again %"] == 0 for row in rows), "an arm was left where it was"
     assert len({tuple(arm.cores) for arm in arms.values()}) == 1, "arms of one round run on different cores"
-    assert {*arms["vanilla"].cores} == os.sched_getaffinity(0)
+    assert {*arms["vanilla"].cores} == {*sorted(os.sched_getaffinity(0))[:4]}, "four rounds, a core each"
 
 
 def test_memory_is_compared_with_both_engines_of_vanilla() -> None:
