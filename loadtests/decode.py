@@ -4,10 +4,10 @@ as there: since the layer before it a layer's weights have gone through them.
     python -m loadtests.decode [--repeats 40] [--models 5]
 
 Qwen3-0.6B's shape, fp32, one thread. What takes turns is qkv_proj: vLLM's product alone; the same with the memory's
-projection in its weight; and that with the memory behind it, which reads, writes and corrects q, in a plain call as it
-is served (`memory.written`), or as an operator. The figures are differences. A product's time depends, by more than a
-memory takes, on where in memory its weight happens to lie: what the memory does is told beside the product of the very
-same weight, and all is measured with several models.
+projection in its weight; and that with the memory behind it, which reads, writes and corrects q, and o in the residual,
+in a plain call as it is served (`memory.written`), or as an operator. The figures are differences. A product's time
+depends, by more than a memory takes, on where in memory its weight happens to lie: what the memory does is told beside
+the product of the very same weight, and all is measured with several models.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CUT = 0.2
 
 
 Call: TypeAlias = Callable[[int, Tensor, Tensor], Any]
-"""Of a layer's number, its input, and room for reads, which what Inductor writes takes over from the layer before."""
+"""Of a layer's number, its input, and the residual."""
 
 
 class Weight:
@@ -80,9 +80,11 @@ class Model:
         blocks_each = -(-(CONTEXT + most) // BLOCK)
         blocks = blocks_each * requests + 1
         self.pages = [torch.zeros(blocks, APART)[:, : 2 * shape.page_floats(BLOCK)] for _ in range(LAYERS)]
-        self.matrices = [torch.randn(shape.width, Q) / 10 for _ in range(LAYERS)]
+        self.for_q = [torch.randn(shape.width, Q) / 10 for _ in range(LAYERS)]
+        self.for_o = [torch.randn(shape.width, HIDDEN) / 10 for _ in range(LAYERS)]
         biases = [torch.full((shape.bias_columns,), -2.5) for _ in range(LAYERS)]
-        constants = [LayerConstants(b, tiled(m)) for b, m in zip(biases, self.matrices, strict=True)]
+        parts = zip(biases, self.for_q, self.for_o, strict=True)
+        constants = [LayerConstants(bias, tiled(q), 0, tiled(o)) for bias, q, o in parts]
         self.book, self.table = Book.of(self.pages, BLOCK), LayerTable.of(shape, constants)
         self.limits = torch.full((blocks,), WRITE_ALL, dtype=torch.int32)
         self.unwritten = torch.zeros((blocks, mask_words(BLOCK)), dtype=torch.int32)
@@ -91,44 +93,41 @@ class Model:
         self.step(self.plain_call, CONTEXT)
 
     def hidden(self, tokens: int) -> Tensor:
-        """A layer's input."""
+        """A layer's input, or its residual."""
         return torch.randn(tokens, HIDDEN)
 
-    def reads(self, tokens: int) -> Tensor:
-        """Room for what is read."""
-        return torch.empty(tokens, self.width)
-
-    def alone(self, layer: int, hidden: Tensor, reads: Tensor) -> None:
+    def alone(self, layer: int, hidden: Tensor, residual: Tensor) -> None:
         """qkv_proj of a model without memory."""
         self.plain[layer](hidden)
 
-    def product(self, layer: int, hidden: Tensor, reads: Tensor) -> None:
+    def product(self, layer: int, hidden: Tensor, residual: Tensor) -> None:
         """qkv_proj with the memory's projection in its weight."""
         self.qkv[layer](hidden)
 
-    def plain_call(self, layer: int, hidden: Tensor, reads: Tensor) -> LayerRows:
-        """qkv_proj, and then the memory as in what Inductor writes."""
+    def plain_call(self, layer: int, hidden: Tensor, residual: Tensor) -> Tensor:
+        """qkv_proj, and then the memory as in what Inductor writes; what qkv_proj put out."""
         rows = self.qkv[layer](hidden)
-        self.next(rows, reads, layer)
-        return LayerRows(rows, None, reads)
+        self.next(rows, residual, layer)
+        return rows
 
-    def next(self, rows: Tensor, reads: Tensor, layer: int) -> None:
+    def next(self, rows: Tensor, residual: Tensor, layer: int) -> None:
         """The memory in a plain call."""
-        direct.next_layer(rows.data_ptr(), self.rows, self.columns, FP32, reads.data_ptr(), self.width, layer)
+        direct.next_layer(rows.data_ptr(), self.rows, self.columns, FP32, 0, 0, residual.data_ptr(), HIDDEN, layer)
 
-    def operator(self, layer: int, hidden: Tensor, reads: Tensor) -> LayerRows:
-        """qkv_proj, and then the memory as an operator of torch."""
+    def operator(self, layer: int, hidden: Tensor, residual: Tensor) -> Tensor:
+        """qkv_proj, and then the memory as an operator of torch; what qkv_proj put out."""
         rows = self.qkv[layer](hidden)
-        torch.ops.deltamem_native.scan_next.default(rows, None, reads, layer)
-        return LayerRows(rows, None, reads)
+        torch.ops.deltamem_native.scan_next.default(rows, None, None, residual, layer)
+        return rows
 
     def begin(self, new: int) -> Batch:
         """Run the first layer of a step, which looks up what all of them share."""
         starts = torch.arange(self.requests + 1, dtype=torch.int32) * new
         lengths = torch.full((self.requests,), self.tokens + new, dtype=torch.int32)
         batch = Batch(self.blocks, starts, lengths, self.limits, self.unwritten, BLOCK, self.requests)
-        rows = LayerRows(self.qkv[0](self.hidden(new * self.requests)), None, self.reads(new * self.requests))
-        self.native.scan_first(self.shape, rows, self.table, self.book, batch)
+        rows = self.qkv[0](self.hidden(new * self.requests))
+        own = LayerRows(rows, None, None, self.hidden(new * self.requests))
+        self.native.scan_first(self.shape, own, self.table, self.book, batch)
         self.rows = new * self.requests  # as what Inductor writes knows it, which asks no tensor
         self.tokens += new
         return batch
@@ -136,42 +135,47 @@ class Model:
     def step(self, call: Call, new: int = 1) -> list[float]:
         """One step in which a layer's weights go through the caches before each call; seconds of each layer but the
         first. Where a call leaves the memory out, its tokens are written behind it: the next step would have to replay
-        them otherwise, which no served step does."""
+        them otherwise, which no served step does. Behind the others the product is made once more, so that each call
+        leaves the same to the next one."""
         self.begin(new)
         took = []
         for layer in range(1, LAYERS):
-            hidden, reads = self.hidden(new * self.requests), self.reads(new * self.requests)
+            hidden, residual = (self.hidden(new * self.requests) for _ in range(2))
             self.others[layer % 2](hidden)
             begun = time.perf_counter()
-            written = call(layer, hidden, reads)
+            written = call(layer, hidden, residual)
             took.append(time.perf_counter() - begun)
             if written is None:
-                self.operator(layer, hidden, reads)
+                self.operator(layer, hidden, residual)
+            else:
+                self.product(layer, hidden, residual)
         return took
 
     def warm(self) -> list[float]:
         """One step whose layers follow each other at once; seconds of each layer's memory but the first's."""
         weights = range(1, LAYERS)
-        known = [LayerRows(self.qkv[n](self.hidden(self.requests)), None, self.reads(self.requests)) for n in weights]
+        known = [(self.qkv[n](self.hidden(self.requests)), self.hidden(self.requests)) for n in weights]
         self.begin(1)
         took = []
-        for layer, (rows, _, reads) in enumerate(known, 1):
+        for layer, (rows, residual) in enumerate(known, 1):
             begun = time.perf_counter()
-            self.next(rows, reads, layer)
+            self.next(rows, residual, layer)
             took.append(time.perf_counter() - begun)
         return took
 
     def check(self, call: Call) -> float:
-        """Largest difference of a step's rows to what the product, the plain operators and another product make."""
+        """Largest difference of a step's rows and residuals to what the product, the plain operators and further
+        products make."""
         pages = [each.clone() for each in self.pages]
         batch, worst = self.begin(1), 0.0
         for layer in range(1, LAYERS):
-            hidden = self.hidden(self.requests)
-            expected, reads = self.qkv[layer](hidden), self.reads(self.requests)
+            hidden, residual = self.hidden(self.requests), self.hidden(self.requests)
+            expected, reads = self.qkv[layer](hidden), torch.empty(self.requests, self.width)
             projected, bias = expected[:, QKV:], self.table.layers[layer].bias
             self.native.page_scan(self.shape, projected, bias, pages[layer], batch, reads)
-            expected[:, :Q] = (expected[:, :Q].double() + reads.double() @ self.matrices[layer].double()).float()
-            difference = (call(layer, hidden, self.reads(self.requests)).rows - expected).abs()
+            expected[:, :Q] = (expected[:, :Q].double() + reads.double() @ self.for_q[layer].double()).float()
+            added_to = (residual.double() + reads.double() @ self.for_o[layer].double()).float()
+            difference = torch.cat([call(layer, hidden, residual) - expected, residual - added_to], dim=1).abs()
             worst = max(worst, float(difference.max()) if bool(difference.isfinite().all()) else float("inf"))
         return worst
 

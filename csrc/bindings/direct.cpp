@@ -9,7 +9,8 @@
 
 namespace {
 
-const char* (*next)(void* rows, int64_t count, int64_t columns, int64_t dtype, void* reads, int64_t width, int64_t layer);
+const char* (*next)(void* rows, int64_t count, int64_t columns, int64_t dtype, void* reads, int64_t width,
+                    void* residual, int64_t hidden, int64_t layer);
 
 // More rows than this run without Python's global lock: they take longer than others should wait.
 constexpr int64_t kShort = 64;
@@ -22,17 +23,18 @@ PyObject* bind(PyObject*, PyObject* address) {
 }
 
 PyObject* next_layer(PyObject*, PyObject* const* given, Py_ssize_t n) {
-  if (n != 7 || next == nullptr) {
-    PyErr_SetString(PyExc_TypeError, "next_layer: expected 7 numbers, and bind before");
+  if (n != 9 || next == nullptr) {
+    PyErr_SetString(PyExc_TypeError, "next_layer: expected 9 numbers, and bind before");
     return nullptr;
   }
   void *const rows = PyLong_AsVoidPtr(given[0]), *const reads = PyLong_AsVoidPtr(given[4]);
+  void* const residual = PyLong_AsVoidPtr(given[6]);
   const int64_t count = PyLong_AsLongLong(given[1]), columns = PyLong_AsLongLong(given[2]);
   const int64_t dtype = PyLong_AsLongLong(given[3]), width = PyLong_AsLongLong(given[5]);
-  const int64_t layer = PyLong_AsLongLong(given[6]);
+  const int64_t hidden = PyLong_AsLongLong(given[7]), layer = PyLong_AsLongLong(given[8]);
   if (PyErr_Occurred()) return nullptr;
   PyThreadState* others = count > kShort ? PyEval_SaveThread() : nullptr;
-  const char* wrong = next(rows, count, columns, dtype, reads, width, layer);
+  const char* wrong = next(rows, count, columns, dtype, reads, width, residual, hidden, layer);
   if (others) PyEval_RestoreThread(others);
   if (wrong) {
     PyErr_SetString(PyExc_RuntimeError, wrong);

@@ -17,12 +17,12 @@ void page_scan(const Tensor& projected, const Tensor& bias, const Tensor& pages,
                const Tensor& unwritten, const Tensor& reads,
                int64_t block_size, int64_t num_reqs, int64_t packed_shape) {
   const deltamem::Shape shape = make_shape(packed_shape);
-  const LayerConstants own = layer_constants(shape, bias, std::nullopt, 0);
+  const LayerConstants own = layer_constants(shape, bias, std::nullopt, 0, std::nullopt);
   static thread_local Step step;
   plan_step(shape, make_pages(shape, pages, block_size), pages.size(0),
             {block_table, query_start_loc, seq_lens, write_limit, unwritten, num_reqs}, projected.size(0), step);
   const Rows rows = rows_of("projected", projected);
-  run_layer(step, own, {rows, rows, rows_of("reads", reads)});
+  run_layer(step, own, {rows, rows, rows_of("reads", reads), std::nullopt});
 }
 
 void activate(const Tensor& projected, const Tensor& bias, const Tensor& q, const Tensor& log, int64_t packed_shape) {

@@ -94,37 +94,50 @@ inline void plan_step(const deltamem::Shape& shape, const deltamem::Pages& pages
   step.args.unwritten = args.unwritten;
 }
 
+// A correction's matrix, in tiles; null: nothing is corrected.
+struct Matrix {
+  const void* data = nullptr;
+  int32_t tiles = 0, first = 0;  // first: column of what is corrected
+  deltamem::Dtype dtype = deltamem::Dtype::f32;
+};
+
+inline Matrix matrix_of(const char* name, const deltamem::Shape& shape, const std::optional<Tensor>& matrix, int64_t first) {
+  if (!matrix) return {};
+  const deltamem::Dtype dtype = dtype_of(name, *matrix);
+  check(name, *matrix, matrix->scalar_type(), {-1, shape.width(), deltamem::kMatrixTile});
+  require(matrix->is_contiguous() && first >= 0 && first <= INT32_MAX && matrix->size(0) <= INT32_MAX, name,
+          " must be contiguous, and its first column 0 or more, not ", first);
+  return {matrix->data_ptr(), static_cast<int32_t>(matrix->size(0)), static_cast<int32_t>(first), dtype};
+}
+
 // What of a layer is the same in every step. Whoever makes one keeps the tensors that it points into.
 struct LayerConstants {
   const float* bias;
-  const void* matrix;  // of the correction of rows from column `first` on; null: nothing is corrected
-  int64_t tiles, first;
-  deltamem::Dtype dtype;  // of matrix
+  Matrix in_rows, in_residual;
 };
 
-inline LayerConstants layer_constants(const deltamem::Shape& shape, const Tensor& bias, const std::optional<Tensor>& matrix,
-                                      int64_t first) {
+inline LayerConstants layer_constants(const deltamem::Shape& shape, const Tensor& bias, const std::optional<Tensor>& in_rows,
+                                      int64_t first, const std::optional<Tensor>& in_residual) {
   check("bias", bias, ScalarType::Float, {shape.gate_columns()});
   require(bias.is_contiguous(), "bias must be contiguous");
-  if (!matrix) return {data<float>(bias), nullptr, 0, 0, deltamem::Dtype::f32};
-  const deltamem::Dtype dtype = dtype_of("matrix", *matrix);
-  check("matrix", *matrix, matrix->scalar_type(), {-1, shape.width(), deltamem::kMatrixTile});
-  require(matrix->is_contiguous() && first >= 0, "matrix must be contiguous, and its first column 0 or more, not ", first);
-  return {data<float>(bias), matrix->data_ptr(), matrix->size(0), first, dtype};
+  return {data<float>(bias), matrix_of("matrix", shape, in_rows, first), matrix_of("matrix of o", shape, in_residual, 0)};
 }
 
 // One layer's tensors in a step.
 struct LayerRows {
   Rows rows;  // what its linear put out: q | k | v, and behind them `projected` where that is none
   std::optional<Rows> projected;  // [T, projected_columns]
-  Rows reads;
+  std::optional<Rows> reads;      // none: only the corrections here need them
+  std::optional<Rows> residual;   // [T, D], to which the correction of o is added; none: that is not done here
 };
 
 // As tensors tell of them.
-inline LayerRows layer_rows(const Tensor& rows, const std::optional<Tensor>& projected, const Tensor& reads) {
-  std::optional<Rows> apart;
-  if (projected) apart = rows_of("projected", *projected);
-  return {rows_of("rows", rows), apart, rows_of("reads", reads)};
+inline LayerRows layer_rows(const Tensor& rows, const std::optional<Tensor>& projected, const std::optional<Tensor>& reads,
+                            const std::optional<Tensor>& residual) {
+  const auto found = [](const char* name, const std::optional<Tensor>& tensor) {
+    return tensor ? std::optional(rows_of(name, *tensor)) : std::nullopt;
+  };
+  return {rows_of("rows", rows), found("projected", projected), found("reads", reads), found("residual", residual)};
 }
 
 // Rows whose last columns an activation can read: as many as tokens.
@@ -138,37 +151,40 @@ inline Rows source_rows(const deltamem::Shape& shape, const LayerRows& layer, in
   return rows;
 }
 
-// Where one layer's activation reads, and where its reads go.
-inline void set_rows(const deltamem::Shape& shape, const LayerConstants& own, const Rows& source, const Rows& reads,
-                     int64_t tokens, deltamem::ScanArgs& args) {
+inline void check_reads(const deltamem::Shape& shape, const Rows& reads, int64_t tokens) {
   require(reads.dtype == deltamem::Dtype::f32 && reads.columns == shape.width() && reads.count >= tokens &&
               (reads.count < 2 || reads.stride == reads.columns),
           "reads: expected ", shape.width(), " contiguous floats for each of ", tokens, " tokens, got ", reads.count, " rows of ",
           reads.columns, ", ", reads.stride, " apart", reads.dtype == deltamem::Dtype::f32 ? "" : ", not of float32");
+}
+
+// Where one layer's activation reads.
+inline void set_rows(const deltamem::Shape& shape, const LayerConstants& own, const Rows& source, deltamem::ScanArgs& args) {
   args.dtype = source.dtype;
   args.projected = source.data + (source.columns - shape.projected_columns()) * bytes_of(args.dtype);
   args.projected_stride = source.stride;
   args.bias = own.bias;
-  args.reads = reinterpret_cast<float*>(reads.data);
-  args.num_rows = reads.count;
 }
 
-// What of one layer's rows is corrected, by reads of `width`; no columns: nothing is. room: columns that may be.
-inline deltamem::CorrectionArgs correction_args(const LayerConstants& own, const Rows& rows, int64_t room, int64_t tokens,
-                                                const float* reads, int64_t width) {
-  require(rows.count == tokens, "rows: expected one for each of ", tokens, " tokens, got ", rows.count);
-  require(rows.dtype == own.dtype, "rows: not of the dtype of the layer's matrix");
-  const int64_t columns = own.tiles * deltamem::kMatrixTile;
-  require(columns - room < deltamem::kMatrixTile, "matrix: expected whole tiles of at most ", room, " columns from column ",
-          own.first, " on, got ", columns);
-  return {rows.data + own.first * bytes_of(own.dtype), rows.stride, own.dtype, own.matrix, columns < room ? columns : room,
-          reads, width};
+// What of `rows` a matrix corrects, but for the reads; no columns: nothing. last: columns behind those that it may.
+inline deltamem::CorrectionArgs correction_args(const char* name, const Matrix& matrix, const Rows& rows, int64_t last,
+                                                int64_t tokens) {
+  if (matrix.data == nullptr) return {};
+  require(rows.count == tokens, name, ": expected one for each of ", tokens, " tokens, got ", rows.count);
+  require(rows.dtype == matrix.dtype, name, ": not of the dtype of the layer's matrix");
+  const int64_t columns = matrix.tiles * deltamem::kMatrixTile, room = rows.columns - last - matrix.first;
+  require(columns - room < deltamem::kMatrixTile, name, ": expected a matrix of whole tiles and at most ", room,
+          " columns from column ", matrix.first, " on, got ", columns);
+  return {rows.data + matrix.first * bytes_of(rows.dtype), rows.stride, rows.dtype, matrix.data,
+          columns < room ? columns : room, nullptr, 0};
 }
 
 // Over threads where that pays: tokens of one piece stay on one.
-inline void correct(const deltamem::CorrectionArgs& args, int64_t tokens) {
+inline void correct(deltamem::CorrectionArgs args, const float* reads, int64_t width, int64_t tokens) {
   constexpr int64_t kPiece = 64;
   if (args.columns == 0) return;
+  args.reads = reads;
+  args.width = width;
   const auto function = deltamem::kernels().correct;
   if (tokens <= kPiece || torch::stable::get_num_threads() == 1) return function(args, 0, tokens);
   torch::stable::parallel_for(0, tokens, kPiece, [=](int64_t begin, int64_t end) { function(args, begin, end); });
@@ -177,16 +193,23 @@ inline void correct(const deltamem::CorrectionArgs& args, int64_t tokens) {
 // One layer of a step; nothing has changed if it throws.
 inline void run_layer(Step& step, const LayerConstants& own, const LayerRows& layer) {
   const deltamem::Plan& plan = step.planned.plan;
+  const int64_t width = step.shape.width(), apart = layer.projected ? 0 : step.shape.projected_columns();
   deltamem::fetch_pages(step.shape, step.args.pages, plan);
-  set_rows(step.shape, own, source_rows(step.shape, layer, step.tokens), layer.reads, step.tokens, step.args);
-  deltamem::CorrectionArgs correction = {};
-  if (own.matrix != nullptr) {
-    const int64_t columns = layer.rows.columns - (layer.projected ? 0 : step.shape.projected_columns()) - own.first;
-    correction = correction_args(own, layer.rows, columns, step.tokens, step.args.reads, step.shape.width());
+  set_rows(step.shape, own, source_rows(step.shape, layer, step.tokens), step.args);
+  if (layer.reads) check_reads(step.shape, *layer.reads, step.tokens);
+  const auto in_rows = correction_args("rows", own.in_rows, layer.rows, apart, step.tokens);
+  deltamem::CorrectionArgs in_residual = {};
+  if (layer.residual) {
+    require(own.in_residual.data != nullptr, "residual: the layer has no matrix of o");
+    in_residual = correction_args("residual", own.in_residual, *layer.residual, 0, step.tokens);
   }
-  float* room = workspace(deltamem::workspace_floats(step.shape, plan, step.tokens));
+  const int64_t floats = deltamem::workspace_floats(step.shape, plan, step.tokens);
+  float* room = workspace(floats + (layer.reads ? 0 : step.tokens * width));
+  step.args.reads = layer.reads ? reinterpret_cast<float*>(layer.reads->data) : room + floats;
+  step.args.num_rows = layer.reads ? layer.reads->count : step.tokens;
   deltamem::kernels().page_scan(step.shape, step.args, plan, in_parallel, room);
-  correct(correction, step.tokens);
+  correct(in_rows, step.args.reads, width, step.tokens);
+  correct(in_residual, step.args.reads, width, step.tokens);
 }
 
 }  // namespace deltamem_bindings

@@ -34,19 +34,19 @@ struct CurrentStep : Step {
 };
 thread_local CurrentStep current;
 
-void layer_entry(const Tensor& bias, const std::optional<Tensor>& matrix, int64_t first, const Tensor& entry,
-                 int64_t packed_shape) {
+void layer_entry(const Tensor& bias, const std::optional<Tensor>& in_rows, int64_t first,
+                 const std::optional<Tensor>& in_residual, const Tensor& entry, int64_t packed_shape) {
   check("entry", entry, ScalarType::Long, {kWords});
   require(entry.is_contiguous(), "entry must be contiguous");
-  const LayerConstants own = layer_constants(make_shape(packed_shape), bias, matrix, first);
+  const LayerConstants own = layer_constants(make_shape(packed_shape), bias, in_rows, first, in_residual);
   memcpy(entry.data_ptr(), &own, sizeof own);
 }
 
 int64_t entry_words() { return kWords; }
 
-void scan_first(const Tensor& rows, const std::optional<Tensor>& projected, const Tensor& reads, const Tensor& table,
-                const Tensor& addresses, int64_t page_stride, int64_t num_blocks, int64_t page_width,
-                const Tensor& block_table, const Tensor& query_start_loc, const Tensor& seq_lens,
+void scan_first(const Tensor& rows, const std::optional<Tensor>& projected, const std::optional<Tensor>& reads,
+                const std::optional<Tensor>& residual, const Tensor& table, const Tensor& addresses, int64_t page_stride,
+                int64_t num_blocks, int64_t page_width, const Tensor& block_table, const Tensor& query_start_loc, const Tensor& seq_lens,
                 const Tensor& write_limit, const Tensor& unwritten, int64_t block_size, int64_t num_reqs,
                 int64_t packed_shape) {
   CurrentStep& step = current;
@@ -67,7 +67,7 @@ void scan_first(const Tensor& rows, const std::optional<Tensor>& projected, cons
   step.held = {block_table, unwritten, addresses, table};
   step.layers = addresses.size(0);
   step.idle = false;
-  run_layer(step, step.constants[0], layer_rows(rows, projected, reads));
+  run_layer(step, step.constants[0], layer_rows(rows, projected, reads, residual));
   step.done();
 }
 
@@ -87,37 +87,44 @@ CurrentStep& step_at(int64_t layer) {
 }
 
 void run_next(CurrentStep& step, const LayerRows& layer) {
-  const Rows& reads = layer.reads;
-  if (step.idle) {
+  if (step.idle && layer.reads) {
+    const Rows& reads = *layer.reads;
     require(reads.dtype == deltamem::Dtype::f32 && (reads.count < 2 || reads.stride == reads.columns),
             "reads must be contiguous floats");
     memset(reads.data, 0, reads.count * reads.columns * sizeof(float));
-  } else {
+  } else if (!step.idle) {
     step.args.pages.data = reinterpret_cast<float*>(step.addresses[step.next]);
     run_layer(step, step.constants[step.next], layer);
   }
   step.done();
 }
 
-void scan_next(const Tensor& rows, const std::optional<Tensor>& projected, const Tensor& reads, int64_t layer) {
-  run_next(step_at(layer), layer_rows(rows, projected, reads));
+void scan_next(const Tensor& rows, const std::optional<Tensor>& projected, const std::optional<Tensor>& reads,
+               const std::optional<Tensor>& residual, int64_t layer) {
+  run_next(step_at(layer), layer_rows(rows, projected, reads, residual));
 }
 
-// Under tracing: rows are corrected in place, reads have their shape already.
-void nothing(const Tensor&, const std::optional<Tensor>&, const Tensor&, int64_t) {}
+// Under tracing: rows and the residual are corrected in place, reads have their shape already.
+void nothing(const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t) {}
 
 }  // namespace
 
-// `scan_next` of rows [count, columns] and reads [count, width] that are contiguous, the projection in the rows' last
-// columns. Returns null, or what is wrong, until this thread calls it again; nothing has changed then.
+// `scan_next` of rows [count, columns], reads [count, width] and a residual [count, hidden] that are contiguous, the
+// projection in the rows' last columns; null: no reads, no residual. Returns null, or what is wrong, until this thread
+// calls it again; nothing has changed then.
 extern "C" __attribute__((visibility("default"))) const char* deltamem_next(void* rows, int64_t count, int64_t columns,
                                                                             int64_t dtype, void* reads, int64_t width,
+                                                                            void* residual, int64_t hidden,
                                                                             int64_t layer) noexcept {
   static thread_local std::string error;
   try {
     require(dtype >= 0 && dtype <= static_cast<int64_t>(deltamem::Dtype::f16), "rows: no dtype has number ", dtype);
-    const Rows own = {count, columns, columns, static_cast<deltamem::Dtype>(dtype), static_cast<char*>(rows)};
-    run_next(step_at(layer), {own, {}, {count, width, width, deltamem::Dtype::f32, static_cast<char*>(reads)}});
+    const auto known = [=](void* data, int64_t wide, deltamem::Dtype kind) {
+      return data ? std::optional(Rows{count, wide, wide, kind, static_cast<char*>(data)}) : std::nullopt;
+    };
+    const auto kind = static_cast<deltamem::Dtype>(dtype);
+    const Rows own = {count, columns, columns, kind, static_cast<char*>(rows)};
+    run_next(step_at(layer), {own, {}, known(reads, width, deltamem::Dtype::f32), known(residual, hidden, kind)});
     return nullptr;
   } catch (const std::exception& wrong) {
     error = wrong.what();
@@ -127,16 +134,16 @@ extern "C" __attribute__((visibility("default"))) const char* deltamem_next(void
 
 STABLE_TORCH_LIBRARY_FRAGMENT(deltamem_native, m) {
   m.def("entry_words() -> int");
-  // One layer's row of a table. The row points into bias and matrix: who keeps it keeps them, and lets them be.
-  m.def("layer_entry(Tensor bias, Tensor? matrix, int first, Tensor(a!) entry, int shape) -> ()");
+  // One layer's row of a table. The row points into bias and matrices: who keeps it keeps them, and lets them be.
+  m.def("layer_entry(Tensor bias, Tensor? in_rows, int first, Tensor? in_residual, Tensor(a!) entry, int shape) -> ()");
   // rows: a layer's q | k | v | projected (or q | k | v, and projected by itself), of which the layer's matrix, if it has
-  // one, corrects columns from its first on.
+  // one, corrects columns from its first on. residual: what o's correction is added to.
   m.def(
-      "scan_first(Tensor(a!) rows, Tensor? projected, Tensor(b!) reads, Tensor table, Tensor addresses, int page_stride, "
-      "int num_blocks, int page_width, Tensor block_table, Tensor query_start_loc, Tensor seq_lens, Tensor write_limit, "
+      "scan_first(Tensor(a!) rows, Tensor? projected, Tensor(b!)? reads, Tensor(c!)? residual, Tensor table, "
+      "Tensor addresses, int page_stride, int num_blocks, int page_width, Tensor block_table, Tensor query_start_loc, Tensor seq_lens, Tensor write_limit, "
       "Tensor unwritten, int block_size, int num_reqs, int shape) -> ()");
   m.def("scan_nothing(int layers) -> ()");
-  m.def("scan_next(Tensor(a!) rows, Tensor? projected, Tensor(b!) reads, int layer) -> ()");
+  m.def("scan_next(Tensor(a!) rows, Tensor? projected, Tensor(b!)? reads, Tensor(c!)? residual, int layer) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deltamem_native, CPU, m) {

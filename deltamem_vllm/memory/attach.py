@@ -15,7 +15,7 @@ from deltamem_vllm.adapter.weights import Adapter, LayerWeights, load_adapter
 from deltamem_vllm.config import Settings, settings_of
 from deltamem_vllm.errors import ConfigError
 from deltamem_vllm.memory.chain import Chain
-from deltamem_vllm.memory.hooks import attach
+from deltamem_vllm.memory.hooks import attach, attach_to_residual
 from deltamem_vllm.memory.layer import MemoryLayer
 from deltamem_vllm.memory.pages import SUFFIX, StatePages, WriteMasks
 from deltamem_vllm.memory.preflight import backbone_shape
@@ -73,7 +73,9 @@ def _wrap_layers(model: nn.Module, vllm_config: VllmConfig, settings: Settings, 
         pages = StatePages(f"{name}.{SUFFIX}", int(found[1]), adapter.shape, kernels, masks, vllm_config, chain)
         memory = MemoryLayer(layer, pages, adapter.config.scaling, dtype, device)
         appended += attach(module, memory, sizes)
-        norm = modules.get(f"{name.rpartition('.')[0]}.input_layernorm")
+        decoder = name.rpartition(".")[0]
+        attach_to_residual(modules[decoder], memory)
+        norm = modules.get(f"{decoder}.input_layernorm")
         head_size = vllm_config.model_config.get_head_size()
         pages.attention = Attention(module, norm, sizes, head_size, adapter.backbone.hidden_size)
         wrapped += 1

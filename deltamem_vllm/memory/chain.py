@@ -59,7 +59,8 @@ class Chain:
         """
         if batches is None:
             self._kernels.scan_nothing(len(self._layers))
-            layer.reads.zero_()
+            if layer.kept is not None:
+                layer.kept.zero_()
             return
         first = self._layers[0]
         if self._told is None:

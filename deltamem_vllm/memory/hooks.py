@@ -3,6 +3,7 @@
     in or after qkv_proj      reads, and corrects q, k and v (in: `memory.appended`)
     around q, k and v_proj    the first to run reads; each is corrected
     after o_proj              corrects o
+    after the layer's norm    names the residual, where o is corrected there
 
 Hooks rather than subclasses: the same few lines serve every backbone whose attention has these projections, native
 or through the Transformers backend, fused or not, eager or compiled.
@@ -22,6 +23,9 @@ QKV: tuple[Head, ...] = ("q", "k", "v")
 ONLY_SPLIT = ("Qwen3Attention",)
 """vLLM 0.32's attention modules that do nothing with qkv_proj's output but split it into q, k and v at once: what they
 are handed need not be one run of memory (columns of wider rows), nor one tensor (`Parts`)."""
+ADDS_O_AT_ONCE = ("Qwen3DecoderLayer",)
+"""vLLM 0.32's decoder layers that do nothing with what attention puts out but add it to the residual that their
+``input_layernorm`` hands on: the correction of o may be there before."""
 Hook = Callable[..., Any]
 
 
@@ -74,6 +78,24 @@ def attach(module: Any, memory: MemoryLayer, sizes: tuple[int, int]) -> bool:
     return appended
 
 
+def attach_to_residual(layer: Any, memory: MemoryLayer) -> None:
+    """Have o corrected in the residual, as part of the memory's own call, where decoder layer and kernels allow that.
+
+    A layer whose norm hands on no residual, a model's first, corrects o behind o_proj all the same.
+
+    Args:
+        layer: the decoder layer whose attention has this memory.
+    """
+    if type(layer).__name__ not in ADDS_O_AT_ONCE or memory.pages.chain is None or not memory.correct_in_residual():
+        return
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            memory.add_to(output[1])
+
+    layer.input_layernorm.register_forward_hook(hook)
+
+
 def _after_qkv(memory: MemoryLayer, appended: bool, hand_on: Callable[[torch.Tensor], Any]) -> Hook:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         value, *rest = output if isinstance(output, tuple) else (output,)
@@ -124,7 +146,7 @@ def _after_one(memory: MemoryLayer, head: Head) -> Hook:
 def _after_o(memory: MemoryLayer) -> Hook:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         result = _changed(output, memory.correct_o)
-        memory.forget_reads()
+        memory.forget_step()
         return result
 
     return hook

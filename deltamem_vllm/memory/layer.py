@@ -1,7 +1,7 @@
 """One attention layer's memory: reads and writes it in a step, and corrects q, k, v and o by what was read.
 
     reads = scan(projected)                                   (`memory.scan`: the one node of a graph)
-    q, k, v += reads · M_q, M_k, M_v    o += reads · M_o      (on a CPU those of q, k and v are that node's work too)
+    q, k, v += reads · M_q, M_k, M_v    o += reads · M_o      (on a CPU that node's work too: that of o in the residual)
 
 where M is a correction's matrix times alpha / rank and its trained scale, and ``projected`` = input · Wᵀ. Where in a
 model that happens: `deltamem_vllm.memory.hooks`. Source: `delta-mem` §3 (arXiv 2605.12357).
@@ -9,12 +9,13 @@ model that happens: `deltamem_vllm.memory.hooks`. Source: `delta-mem` §3 (arXiv
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deltamem_vllm.adapter.config import Head
+from deltamem_vllm.adapter.config import HEADS, Head
 from deltamem_vllm.adapter.weights import LayerWeights
 from deltamem_vllm.memory.correct import correct
 from deltamem_vllm.memory.pages import StatePages
@@ -33,7 +34,8 @@ class MemoryLayer(nn.Module):
 
     Attributes:
         projection: [C, D], or None where qkv_proj computes it.
-        in_rows: the corrections of q, k and v as `LayerConstants.matrix` has them, once `correct_in_rows` was called.
+        in_rows: the corrections of q, k and v as `LayerConstants` has them, once `correct_in_rows` was called.
+        in_residual: that of o, once `correct_in_residual` was called.
     """
 
     def __init__(
@@ -43,8 +45,11 @@ class MemoryLayer(nn.Module):
         self.pages = pages
         self.width, self.dtype = pages.shape.width, dtype
         self.o_norm_eps = weights.o_norm_eps
+        self._in_place = False
         self._reads: torch.Tensor | None = None
+        self._residual: torch.Tensor | None = None
         self.in_rows: torch.Tensor | None
+        self.in_residual: torch.Tensor | None
         self.projection: torch.Tensor | None
         self.bias: torch.Tensor
         self.o_norm_weight: torch.Tensor | None
@@ -52,13 +57,15 @@ class MemoryLayer(nn.Module):
         put = self.register_buffer
         put("projection", weights.projection.to(device, dtype), persistent=False)
         put("in_rows", None, persistent=False)
+        put("in_residual", None, persistent=False)
         put("bias", weights.bias.to(device, torch.float32), persistent=False)
         for head, delta in weights.delta.items():
             scaled = delta.to(device, torch.float32).t() * (scaling * weights.scale.get(head, 1.0))
             put(f"matrix_{head}", scaled.to(dtype).contiguous(), persistent=False)
         normed = weights.o_norm_weight
         put("o_norm_weight", None if normed is None else normed.to(device, torch.float32), persistent=False)
-        pages.know(LayerConstants(self.bias))
+        self._known = LayerConstants(self.bias)
+        pages.know(self._known)
 
     def matrix(self, head: str) -> torch.Tensor | None:
         """[R, width of the projection], scaled; None where that one is not corrected."""
@@ -71,6 +78,7 @@ class MemoryLayer(nn.Module):
         Args:
             widths: of q, k and v.
         """
+        self._in_place = True
         starts = dict(zip(widths, itertools.accumulate([0, *widths.values()]), strict=False))
         found = {head: matrix for head in widths if (matrix := self.matrix(head)) is not None}
         if not found:
@@ -82,7 +90,27 @@ class MemoryLayer(nn.Module):
             whole[:, starts[head] - first :][:, : widths[head]] = matrix
             delattr(self, f"matrix_{head}")
         self.in_rows = tiled(whole)
-        self.pages.know(LayerConstants(self.bias, self.in_rows, first))
+        self._know(in_rows=self.in_rows, first=first)
+
+    def correct_in_residual(self) -> bool:
+        """Have `read` correct o in the residual from now on, in each step that says where that is (`add_to`).
+
+        Only in fp32: a residual of 16 bits would be rounded once more. Returns whether it will.
+        """
+        matrix = self.matrix("o")
+        if matrix is None or self.o_norm_weight is not None or self.dtype != torch.float32:
+            return False
+        self.in_residual = tiled(matrix)
+        self._know(in_residual=self.in_residual)
+        return True
+
+    def _know(self, **constants: Any) -> None:
+        self._known = self._known._replace(**constants)
+        self.pages.know(self._known)
+
+    def add_to(self, residual: torch.Tensor) -> None:
+        """Name what this step's o will be added to [T, D], after `correct_in_residual`."""
+        self._residual = residual
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, C] of the input [..., D] of the layer's q, k and v, where qkv_proj does not compute it."""
@@ -96,12 +124,12 @@ class MemoryLayer(nn.Module):
             rows, projected: as `LayerRows` has them; corrected if `correct_in_rows` was called.
         """
         source = rows if projected is None else projected
-        reads = self._room(source)
         if self.pages.chain is not None:
-            scan_rows(self.pages, LayerRows(rows, projected, reads))
+            self._reads = self._room(source) if self._keeps_reads() else None
+            scan_rows(self.pages, LayerRows(rows, projected, self._reads, self._residual))
         else:
-            scan(self.pages, source[:, -self.pages.shape.projected_columns :], self.bias, reads)
-        self._reads = reads
+            self._reads = self._room(source)
+            scan(self.pages, source[:, -self.pages.shape.projected_columns :], self.bias, self._reads)
 
     def read_product(self, product: Product, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What a linear puts out [..., N + C] for hidden [..., D], once `read` has run over it: both in one call.
@@ -110,10 +138,17 @@ class MemoryLayer(nn.Module):
             product, bias: the linear's.
         """
         inputs = hidden.reshape(-1, hidden.shape[-1])
-        rows, reads = inputs.new_empty((inputs.shape[0], product.columns)), self._room(inputs)
-        scan_product(self.pages, LayerRows(rows, None, reads), inputs, bias, product)
-        self._reads = reads
+        rows = inputs.new_empty((inputs.shape[0], product.columns))
+        self._reads = self._room(inputs) if self._keeps_reads() else None
+        scan_product(self.pages, LayerRows(rows, None, self._reads, self._residual), inputs, bias, product)
         return rows.view(*hidden.shape[:-1], product.columns)
+
+    def _keeps_reads(self) -> bool:
+        """Whether a correction is left to be made from what a chain's layer reads."""
+        left = {head for head in HEADS if self.matrix(head) is not None}
+        if self._residual is not None:
+            left.discard("o")
+        return not self._in_place or bool(left)
 
     def _room(self, tokens: torch.Tensor) -> torch.Tensor:
         """For what is read at so many tokens [T, …]."""
@@ -141,16 +176,17 @@ class MemoryLayer(nn.Module):
         return part if matrix is None else correct(part, self.reads, matrix)
 
     def correct_o(self, output: torch.Tensor) -> torch.Tensor:
-        """o_proj's output [T, D] with its correction."""
-        reads, matrix = self.reads, self.matrix("o")
-        if matrix is None:
+        """o_proj's output [T, D] with its correction, unless the residual has that already."""
+        matrix = self.matrix("o")
+        if matrix is None or self._residual is not None:
             return output
+        reads = self.reads
         if self.o_norm_weight is None:
             return correct(output, reads, matrix)
         wide = reads @ matrix.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.o_norm_eps) * self.o_norm_weight
         return output + wide.to(output.dtype)
 
-    def forget_reads(self) -> None:
-        """Drop the step's reads: nothing of one step may reach the next."""
-        self._reads = None
+    def forget_step(self) -> None:
+        """Drop the step's tensors: nothing of one step may reach the next."""
+        self._reads = self._residual = None

@@ -6,9 +6,10 @@ layer's pages in vLLM's forward context, so the compiled graph holds nothing tha
 Where layers form a chain (`deltamem_vllm.memory.chain`) the first one's operator is ``deltamem::scan_rows``, and the
 others' is ``deltamem_native::scan_next``, which goes on from there, or ``deltamem::project_next``, which makes the rows
 too, by vLLM's own product; in what Inductor writes that is vLLM's operator and a plain call, no operator of ours
-(`deltamem_vllm.memory.written`). All correct q, k and v too, in place, in the rows that qkv_proj put out. What of a
-layer is the same in every step, its bias and that correction's matrix, they are told of once and not in each call:
-between two layers a model's weights go through the caches, and whatever a call touches is fetched from memory again.
+(`deltamem_vllm.memory.written`). All correct q, k and v too, in place, in the rows that qkv_proj put out, and o in the
+residual to which it will be added. What of a layer is the same in every step, its bias and the corrections' matrices,
+they are told of once and not in each call: between two layers a model's weights go through the caches, and whatever a
+call touches is fetched from memory again.
 """
 
 from typing import Any
@@ -40,21 +41,29 @@ def _scan(projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor, laye
     pages.kernels.page_scan(pages.shape, projected, bias, pages.pages, context.attn_metadata[layer], reads)
 
 
-def _scan_rows(rows: torch.Tensor, projected: torch.Tensor | None, reads: torch.Tensor, layer: str) -> None:
+def _scan_rows(
+    rows: torch.Tensor,
+    projected: torch.Tensor | None,
+    reads: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    layer: str,
+) -> None:
     context: Any = get_forward_context()
     pages: Any = context.no_compile_layers[layer]
-    pages.chain.begin(LayerRows(rows, projected, reads), context.attn_metadata)
+    pages.chain.begin(LayerRows(rows, projected, reads, residual), context.attn_metadata)
 
 
 def _project_next(
     rows: torch.Tensor,
-    reads: torch.Tensor,
+    reads: torch.Tensor | None,
+    residual: torch.Tensor | None,
     hidden: torch.Tensor,
     bias: torch.Tensor | None,
     handler: torch.Tensor,
     place: int,
 ) -> None:
-    NativeOps.project_next(LayerRows(rows, None, reads), hidden, bias, Product(handler, rows.shape[-1]), place)
+    layer, product = LayerRows(rows, None, reads, residual), Product(handler, rows.shape[-1])
+    NativeOps.project_next(layer, hidden, bias, product, place)
 
 
 def scan(pages: Any, projected: torch.Tensor, bias: torch.Tensor, reads: torch.Tensor) -> None:
@@ -67,7 +76,7 @@ def scan(pages: Any, projected: torch.Tensor, bias: torch.Tensor, reads: torch.T
 
 
 def scan_rows(pages: Any, layer: LayerRows) -> None:
-    """One layer's memory and its corrections of q, k and v for one step, as a node of the graph.
+    """One layer's memory and its corrections in place for one step, as a node of the graph.
 
     Args:
         pages: the layer's `StatePages`, which is in a chain.
@@ -86,7 +95,7 @@ def scan_product(
     Args:
         pages: the layer's `StatePages`, which `follows` another one.
     """
-    torch.ops.deltamem.project_next(layer.rows, layer.reads, hidden, bias, product.handler, pages.place)
+    torch.ops.deltamem.project_next(layer.rows, layer.kept, layer.residual, hidden, bias, product.handler, pages.place)
 
 
 def _nothing(*_: Any) -> None:
@@ -95,9 +104,12 @@ def _nothing(*_: Any) -> None:
 
 _library = torch.library.Library("deltamem", "FRAGMENT")
 _library.define("scan(Tensor projected, Tensor bias, Tensor(a!) reads, str layer) -> ()")
-_library.define("scan_rows(Tensor(a!) rows, Tensor? projected, Tensor(b!) reads, str layer) -> ()")
 _library.define(
-    "project_next(Tensor(a!) rows, Tensor(b!) reads, Tensor hidden, Tensor? bias, Tensor handler, int place) -> ()"
+    "scan_rows(Tensor(a!) rows, Tensor? projected, Tensor(b!)? reads, Tensor(c!)? residual, str layer) -> ()"
+)
+_library.define(
+    "project_next(Tensor(a!) rows, Tensor(b!)? reads, Tensor(c!)? residual, Tensor hidden, Tensor? bias, "
+    "Tensor handler, int place) -> ()"
 )
 for _device in ("CPU", "CUDA"):
     _library.impl("scan", _scan, _device)

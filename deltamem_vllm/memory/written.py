@@ -40,31 +40,43 @@ def project_next(node: Any, writeline: Callable[[str], None]) -> None:
 
 
 def _direct(node: Any, arguments: list[str]) -> list[str]:
-    """Both calls; none unless rows and reads are whole buffers of a CPU, contiguous, with as many rows, and columns
-    that the graph knows."""
+    """Both calls; none unless rows, reads and the residual are whole buffers of a CPU, contiguous, with as many rows,
+    and columns that the graph knows."""
     from torch._inductor.virtualized import V
 
-    (rows, reads, *_), _ = node.unflatten_args(node.inputs, node.constant_args)
-    out, read, hidden, bias, handler, place = arguments
-    (count, columns), (others, width) = rows.get_size(), reads.get_size()
-    if not (
-        out.isidentifier()
-        and read.isidentifier()
-        and rows.get_dtype() in direct.DTYPES
-        and reads.get_dtype() == torch.float32
-        and rows.get_device().type == reads.get_device().type == "cpu"
-        and V.graph.sizevars.statically_known_equals(count, others)
-        and columns.is_Integer
-        and width.is_Integer
-        and list(rows.get_stride()) == [columns, 1]
-        and list(reads.get_stride()) == [width, 1]
-    ):
+    (rows, reads, residual, *_), _ = node.unflatten_args(node.inputs, node.constant_args)
+    out, read, added_to, hidden, bias, handler, place = arguments
+    count, dtype = rows.get_size()[0], rows.get_dtype()
+    if dtype not in direct.DTYPES:
+        return []
+    own = _known(out, rows, count, dtype)
+    kept, around = _known(read, reads, count, torch.float32), _known(added_to, residual, count, dtype)
+    if own is None or kept is None or around is None:
         return []
     V.graph.wrapper_code.add_import_once(f"import {direct.__name__} as {_MODULE}")
     # The count under the name with which room for the rows was made: asking the tensor is one more call, whose code
     # comes from memory.
-    shape = f"{V.graph.wrapper_code.codegen_python_sizevar(count)}, {columns}, {direct.DTYPES[rows.get_dtype()]}"
+    (address, columns), rows = own, V.graph.wrapper_code.codegen_python_sizevar(count)
+    written = [address, rows, columns, str(direct.DTYPES[dtype]), *kept, *around, place]
     return [
         f"torch.ops._C.onednn_mm.default({out}, {hidden}, {bias}, {handler})",
-        f"{CALL}({out}.data_ptr(), {shape}, {read}.data_ptr(), {width}, {place})",
+        f"{CALL}({', '.join(written)})",
     ]
+
+
+def _known(name: str, buffer: Any, count: Any, dtype: torch.dtype) -> tuple[str, str] | None:
+    """What is written for a buffer's address and columns, zeros for none; None: the call cannot take it."""
+    from torch._inductor.virtualized import V
+
+    if buffer is None:
+        return "0", "0"
+    rows, columns = buffer.get_size()
+    fits = (
+        name.isidentifier()
+        and buffer.get_dtype() == dtype
+        and buffer.get_device().type == "cpu"
+        and V.graph.sizevars.statically_known_equals(count, rows)
+        and columns.is_Integer
+        and list(buffer.get_stride()) == [columns, 1]
+    )
+    return (f"{name}.data_ptr()", str(columns)) if fits else None

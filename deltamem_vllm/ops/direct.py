@@ -21,7 +21,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """By dtype of rows, its number (`Dtype` in csrc/cpu/delta_rule.h)."""
 EXTENSION = "_direct.so"
 
-NextLayer = Callable[[int, int, int, int, int, int, int], None]
+NextLayer = Callable[[int, int, int, int, int, int, int, int, int], None]
 
 
 def _not_loaded(*_: int) -> None:
@@ -29,9 +29,10 @@ def _not_loaded(*_: int) -> None:
 
 
 next_layer: NextLayer = _not_loaded
-"""``(rows, count, columns, dtype, reads, width, place)``: `NativeOps.scan_next` of rows [count, columns], of a dtype of
-`DTYPES`, and reads [count, width] fp32, by their addresses. Both are contiguous, of a CPU and live until this returns:
-whoever calls has seen to that. Raises ``RuntimeError`` as `NativeOps.scan_next` does."""
+"""``(rows, count, columns, dtype, reads, width, residual, hidden, place)``: `NativeOps.scan_next` of rows [count,
+columns], of a dtype of `DTYPES`, reads [count, width] fp32, and a residual [count, hidden] of the rows' dtype, by their
+addresses; 0: none. All are contiguous, of a CPU and live until this returns: whoever calls has seen to that. Raises
+``RuntimeError`` as `NativeOps.scan_next` does."""
 
 
 def bind(library: Path) -> None:
@@ -58,7 +59,7 @@ def by_extension(path: Path, function: Any) -> NextLayer | None:
 def by_ctypes(function: Any) -> NextLayer:
     """`next_layer` without an extension module."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = (pointer, number, number, number, pointer, number, number)
+    function.argtypes = (pointer, number, number, number, pointer, number, pointer, number, number)
     function.restype = ctypes.c_char_p
 
     def call(*given: int) -> None:

@@ -41,14 +41,16 @@ class LayerConstants(NamedTuple):
 
     Attributes:
         bias: as in `PagedOps.page_scan`.
-        matrix: the correction of rows from column ``first`` on, as `tiled` makes it, in their dtype. Sums are fp32,
+        in_rows: the correction of rows from column ``first`` on, as `tiled` makes it, in their dtype. Sums are fp32,
             rounded once. A row whose reads are all zero is left as it is. None: nothing is corrected.
         first: column of `LayerRows.rows`.
+        in_residual: in the same way that of `LayerRows.residual`, from its first column on.
     """
 
     bias: Tensor
-    matrix: Tensor | None = None
+    in_rows: Tensor | None = None
     first: int = 0
+    in_residual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,21 @@ class LayerRows(NamedTuple):
         rows: [T, q | k | v | projected], or [T, q | k | v] where ``projected`` is given: what the layer's linear put
             out, corrected in place where the layer has a matrix. [T, C] where the projection is all there is.
         projected: [T, C], or None: the last columns of ``rows``.
-        reads: [T, R] fp32, out.
+        kept: [T, R] fp32, out: what is read. None: only the layer's corrections in place need it.
+        residual: [T, D], to which the correction of o is added, whose layer must have a matrix of it. None: whoever
+            calls does that.
     """
 
     rows: Tensor
     projected: Tensor | None
-    reads: Tensor
+    kept: Tensor | None
+    residual: Tensor | None = None
+
+    @property
+    def reads(self) -> Tensor:
+        """What is ``kept``."""
+        assert self.kept is not None
+        return self.kept
 
 
 class Product(NamedTuple):
@@ -110,6 +121,21 @@ def tiled(matrix: Tensor) -> Tensor:
     rank, columns = matrix.shape
     padded = torch.nn.functional.pad(matrix, (0, -columns % TILE))
     return padded.view(rank, -1, TILE).transpose(0, 1).contiguous()
+
+
+def _check_plain(name: str, tensor: Tensor, count: int, dtype: torch.dtype) -> None:
+    if tensor.dim() != 2 or len(tensor) != count or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise RuntimeError(
+            f"{name}: expected {count} contiguous rows on a CPU, got shape {list(tensor.shape)}, strides "
+            f"{list(tensor.stride())} on {tensor.device}"
+        )
+    if tensor.dtype != dtype:
+        raise RuntimeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+
+
+def _plain(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Address, rows and columns."""
+    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.shape[0], tensor.shape[1])
 
 
 class NativeOps:
@@ -180,24 +206,23 @@ class NativeOps:
         """The linear whose output a layer's rows are, and then `scan_next`.
 
         Args:
-            layer: rows [T, columns of the product], contiguous, out; nothing is projected apart.
+            layer: rows [T, columns of the product], out, nothing is projected apart; all contiguous.
             hidden, bias: [T, D] and [columns], of the rows' dtype.
 
         Raises:
             RuntimeError: as of `scan_next`, or the product cannot be made; rows may have been written.
         """
-        rows, _, reads = layer
-        for name, tensor, count in (("rows", rows, len(hidden)), ("reads", reads, len(rows))):
-            if tensor.dim() != 2 or len(tensor) != count or not tensor.is_contiguous() or tensor.device.type != "cpu":
-                raise RuntimeError(
-                    f"{name}: expected {count} contiguous rows on a CPU, got shape {list(tensor.shape)}, strides "
-                    f"{list(tensor.stride())} on {tensor.device}"
-                )
-        if rows.dtype not in direct.DTYPES or reads.dtype != torch.float32:
-            raise RuntimeError(f"rows and reads of {rows.dtype} and {reads.dtype}: no kernel takes these")
+        rows, _, kept, residual = layer
+        for name, tensor, dtype in (
+            ("rows", rows, rows.dtype if rows.dtype in direct.DTYPES else torch.float32),
+            ("reads", kept, torch.float32),
+            ("residual", residual, rows.dtype),
+        ):
+            if tensor is not None:
+                _check_plain(name, tensor, len(hidden), dtype)
         torch.ops._C.onednn_mm(rows, hidden, bias, product.handler)
-        columns, width, dtype = rows.shape[1], reads.shape[1], direct.DTYPES[rows.dtype]
-        direct.next_layer(rows.data_ptr(), len(rows), columns, dtype, reads.data_ptr(), width, place)
+        kind = direct.DTYPES[rows.dtype]
+        direct.next_layer(*_plain(rows), kind, *_plain(kept)[::2], *_plain(residual)[::2], place)
 
     def page_state(
         self,

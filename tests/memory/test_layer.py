@@ -54,7 +54,7 @@ def test_corrections_are_put_beside_each_other(heads: str) -> None:
     flat = memory.in_rows.transpose(0, 1).reshape(8, -1)
     stop = starts[heads[-1]] + widths[heads[-1]]
     assert known[-1].first == first
-    assert known[-1].matrix is memory.in_rows
+    assert known[-1].in_rows is memory.in_rows
     assert known[-1].bias is memory.bias
     assert torch.equal(flat[:, : stop - first], expected[:, first:stop])
     assert (flat[:, stop - first :] == 0).all()

@@ -24,21 +24,28 @@ COLUMNS, HIDDEN = 72 + SHAPE.projected_columns, 24
 PRODUCT, OPERATOR = "torch.ops._C.onednn_mm.default(", "torch.ops.deltamem.project_next.default("
 
 
-def code_of(rows_of: Any, dtype: torch.dtype = torch.float32, read: torch.dtype = torch.float32) -> str:
-    """What is written for a call with these rows; nothing is run."""
+def code_of(
+    rows_of: Any,
+    dtype: torch.dtype = torch.float32,
+    read: torch.dtype | None = torch.float32,
+    residual_of: Any = None,
+) -> str:
+    """What is written for a call with these rows, reads of this dtype and this residual; nothing is run."""
 
-    def layer(hidden: Tensor, handler: Tensor) -> tuple[Tensor, Tensor]:
-        rows, reads = rows_of(hidden), torch.empty((hidden.shape[0], SHAPE.width), dtype=read)
-        scan_product(PAGES, LayerRows(rows, None, reads), hidden, None, Product(handler, COLUMNS))
-        return rows * 2, reads * 2
+    def layer(hidden: Tensor, handler: Tensor) -> list[Tensor]:
+        rows, residual = rows_of(hidden), None if residual_of is None else residual_of(hidden)
+        reads = None if read is None else torch.empty((hidden.shape[0], SHAPE.width), dtype=read)
+        scan_product(PAGES, LayerRows(rows, None, reads, residual), hidden, None, Product(handler, COLUMNS))
+        return [each * 2 for each in (rows, reads, residual) if each is not None]
 
+    results = 1 + (read is not None) + (residual_of is not None)
     inputs = torch.empty((4, HIDDEN), dtype=dtype), torch.empty((), dtype=torch.int64)
     torch._dynamo.mark_dynamic(inputs[0], 0)
     code = []
 
     def write(graph: GraphLowering) -> SimpleNamespace:
         code.append(graph.codegen()[0].value)
-        return SimpleNamespace(call=lambda _: [torch.empty(4, COLUMNS), torch.empty(4, SHAPE.width)])
+        return SimpleNamespace(call=lambda _: [torch.empty(4, 1)] * results)
 
     torch._dynamo.reset()
     with (
@@ -63,12 +70,25 @@ def test_a_layer_is_a_product_and_a_plain_call(dtype: torch.dtype, number: int) 
     made = re.search(rf"empty_strided_cpu\(\((\w+), {COLUMNS}\)", code)
     assert made is not None, "no room for the rows"
     assert f".data_ptr(), {made[1]}, {COLUMNS}, {number}, " in call
-    assert call.endswith(f".data_ptr(), {SHAPE.width}, 5)")
+    assert call.endswith(f".data_ptr(), {SHAPE.width}, 0, 0, 5)")
     assert code.index(PRODUCT) < code.index(call)
+
+
+def test_a_residual_is_corrected_where_it_lies() -> None:
+    """No copy of it is made, and no room for reads that nobody keeps."""
+    code = code_of(whole, read=None, residual_of=lambda hidden: hidden + 1)
+    [call] = [line for line in code.splitlines() if written.CALL in line]
+    found = re.search(rf", {COLUMNS}, 0, 0, 0, (\w+)\.data_ptr\(\), {HIDDEN}, 5\)$", call)
+    assert found is not None, call
+    assert code.count(f" {found[1]} = empty_strided_cpu(") == 1
+    assert code.count("empty_strided_cpu((") == 4, "rows, residual and the two results"
+    assert OPERATOR not in code
 
 
 def test_what_the_call_cannot_take_stays_an_operator() -> None:
     for code in (
+        code_of(whole, residual_of=lambda hidden: hidden.double()),
+        code_of(whole, residual_of=lambda hidden: (hidden @ hidden.t()).expand(hidden.shape[0], -1)[:, :3]),
         code_of(lambda hidden: hidden.new_empty((hidden.shape[0], COLUMNS + 1))[:, 1:]),
         code_of(lambda hidden: hidden.new_empty((COLUMNS, hidden.shape[0])).t()),
         code_of(lambda hidden: hidden.new_empty((hidden.shape[0] + 1, COLUMNS))),

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from deltamem_vllm.ops.layout import MemoryShape
-from deltamem_vllm.ops.native import LayerConstants, LayerRows, LayerTable, NativeOps
+from deltamem_vllm.ops.native import LayerConstants, LayerRows, LayerTable, NativeOps, tiled
 from deltamem_vllm.ops.paged import Batch
 from deltamem_vllm.ops.pooled import Book
 from tests.ops.paging import World, int32, random_inputs
 
 LAYERS, N = 3, 16
+HIDDEN = 40
+"""Columns of a residual, which a layer may be given."""
 TURN = "it is the turn of layer"
 """Of what a layer out of its turn is told."""
 
@@ -37,7 +39,9 @@ class Stack:
             world.seed(5, state)
             world.seed(9, state * 2)
         self.book = Book.of([world.pages for world in self.worlds], N)
-        self.table = LayerTable.of(self.shape, [LayerConstants(bias) for _, bias, _ in self.inputs])
+        self.for_o = torch.randn(self.shape.width, HIDDEN, generator=torch.Generator().manual_seed(3))
+        constants = [LayerConstants(bias, in_residual=tiled(self.for_o)) for _, bias, _ in self.inputs]
+        self.table = LayerTable.of(self.shape, constants)
 
     def step(self, length: int, rows: int) -> Batch:
         """Request 0 brings ``length - 1`` new tokens, request 1 one more behind its ``rows`` before."""
@@ -50,6 +54,9 @@ class Stack:
     def rows(self, layer: int, length: int) -> LayerRows:
         reads = torch.full((length, self.shape.width), float("nan"))
         return LayerRows(self.inputs[layer][0][:length], None, reads)
+
+    def residual(self, layer: int, length: int) -> Tensor:
+        return torch.randn(length, HIDDEN, generator=torch.Generator().manual_seed(20 + layer))
 
     def begin(self, native: NativeOps, length: int, batch: Batch) -> LayerRows:
         """Run the first layer."""

@@ -124,13 +124,13 @@ def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
     columns = shape.projected_columns
     before = [world.whole.clone() for world in stack.worlds]
     for wrong, named in (
-        (own._replace(reads=own.reads[:3]), "reads: expected 8 contiguous floats for each of 4 tokens, got 3 rows"),
-        (own._replace(reads=torch.full((4, 7), float("nan"))), "reads: .* got 4 rows of 7, 7 apart"),
-        (own._replace(reads=torch.full((4, 9), float("nan"))[:, :8]), "reads: .* 9 apart"),
-        (own._replace(reads=torch.full((8, 4), float("nan")).t()), "reads: the columns of a row must be contiguous"),
-        (own._replace(reads=own.reads.half()), "reads: .* not of float32"),
-        (own._replace(reads=own.reads.double()), "reads: expected float32"),
-        (own._replace(reads=own.reads[0]), "reads: expected rows of columns, got 1 dimensions"),
+        (own._replace(kept=own.reads[:3]), "reads: expected 8 contiguous floats for each of 4 tokens, got 3 rows"),
+        (own._replace(kept=torch.full((4, 7), float("nan"))), "reads: .* got 4 rows of 7, 7 apart"),
+        (own._replace(kept=torch.full((4, 9), float("nan"))[:, :8]), "reads: .* 9 apart"),
+        (own._replace(kept=torch.full((8, 4), float("nan")).t()), "reads: the columns of a row must be contiguous"),
+        (own._replace(kept=own.reads.half()), "reads: .* not of float32"),
+        (own._replace(kept=own.reads.double()), "reads: expected float32"),
+        (own._replace(kept=own.reads[0]), "reads: expected rows of columns, got 1 dimensions"),
         (own._replace(rows=own.rows[:, 1:]), "projected columns"),
         (own._replace(rows=own.rows.unsqueeze(0)), "rows: expected rows of columns, got 3 dimensions"),
         (own._replace(rows=own.rows.double()), "rows: expected float32"),

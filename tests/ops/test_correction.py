@@ -1,4 +1,4 @@
-"""Corrections of q, k and v in the rows that qkv_proj put out: right, in place, and nowhere else."""
+"""Corrections of q, k and v in the rows that qkv_proj put out, of o in the residual: right, in place, nowhere else."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Case(NamedTuple):
         own = self.layer._replace(
             rows=self.layer.rows[:tokens],
             projected=None if self.layer.projected is None else self.layer.projected[:tokens],
-            reads=self.layer.reads[:tokens],
+            kept=None if self.layer.kept is None else self.layer.kept[:tokens],
+            residual=None if self.layer.residual is None else self.layer.residual[:tokens],
         )
         batch = Batch(
             int32([BLOCKS]), int32([0, tokens]), int32([tokens]), self.world.write_limit, self.world.unwritten, N, 1
@@ -144,11 +145,83 @@ def test_threads_change_no_bit(native: NativeOps) -> None:
     assert torch.equal(*results)
 
 
+def with_residual(case: Case, hidden: int, kept: bool) -> tuple[Case, Tensor, Tensor]:
+    """The case with o corrected, too; the residual's surroundings, and the matrix."""
+    random, dtype = torch.Generator().manual_seed(2), case.matrix.dtype
+    around = torch.full((TOKENS + 2, hidden + 7), -0.0, dtype=dtype)
+    residual = around[1:-1, 3 : 3 + hidden]
+    residual.copy_(torch.randn((TOKENS, hidden), generator=random))
+    matrix = torch.randn((case.world.shape.width, hidden), generator=random).to(dtype)
+    layer = case.layer._replace(residual=residual, kept=case.layer.kept if kept else None)
+    return case._replace(layer=layer, constants=case.constants._replace(in_residual=tiled(matrix))), around, matrix
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rank", "heads"), [(8, 1), (16, 1), (4, 4), (5, 1)])
+@pytest.mark.parametrize("hidden", [2 * TILE, TILE + 9])
+@pytest.mark.parametrize("tokens", [1, 7, TOKENS])
+def test_o_is_corrected_in_the_residual(
+    native: NativeOps, rank: int, heads: int, dtype: torch.dtype, hidden: int, tokens: int
+) -> None:
+    case, around, matrix = with_residual(make(rank, heads, dtype), hidden, kept=True)
+    before = around.clone()
+    check(case, native, tokens)
+    expected = before[1:-1, 3 : 3 + hidden]
+    exact = expected[:tokens].double() + case.layer.reads[:tokens].double() @ matrix.double()
+    got = around[1:-1, 3 : 3 + hidden][:tokens]
+    torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=5e-6)
+    expected[:tokens] = got
+    assert torch.equal(around.view(torch.uint8), before.view(torch.uint8)), "something else was changed"
+
+
+@pytest.mark.parametrize("tokens", [1, 2, TOKENS])
+def test_reads_that_nobody_keeps_correct_the_same(native: NativeOps, tokens: int) -> None:
+    results = []
+    for kept in (True, False):
+        case, around, _ = with_residual(make(), 2 * TILE, kept)
+        own = case.run(native, tokens)
+        assert (own.kept is not None) == kept
+        results.append((case.around, around, case.world.whole))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def test_residuals_of_who_reads_nothing_stay(native: NativeOps) -> None:
+    case, around, matrix = with_residual(make(), 2 * TILE, kept=False)
+    constants = case.constants._replace(in_residual=tiled(torch.full_like(matrix, float("inf"))))
+    before = around.clone()
+    case._replace(constants=constants).run(native, limit=-1)
+    assert torch.equal(around.view(torch.uint8), before.view(torch.uint8))
+
+
+def test_a_residual_that_does_not_fit_is_refused(native: NativeOps) -> None:
+    case, around, matrix = with_residual(make(), 2 * TILE, kept=True)
+    layer, residual, before = case.layer, case.layer.residual, (around.clone(), case.around.clone())
+    assert residual is not None
+    for constants, wrong, named in (
+        (case.constants, residual[:-1], "residual: expected one for each of 83 tokens, got 82"),
+        (case.constants, residual.half(), "residual: not of the dtype of the layer's matrix"),
+        (case.constants, residual.double(), "residual: expected float32, bfloat16 or float16"),
+        (case.constants, residual[:, :TILE], "residual: expected a matrix .* at most 32 columns .* got 64"),
+        (case.constants, residual[:, ::2], "residual: the columns of a row must be contiguous"),
+        (case.constants, residual[0], "residual: expected rows of columns, got 1 dimensions"),
+        (case.constants._replace(in_residual=None), residual, "residual: the layer has no matrix of o"),
+        (case.constants._replace(in_residual=tiled(matrix)[:, :4]), residual, "matrix of o"),
+        (case.constants._replace(in_residual=tiled(matrix).double()), residual, "matrix of o"),
+    ):
+        with pytest.raises(RuntimeError, match=named):
+            case._replace(constants=constants, layer=layer._replace(residual=wrong)).run(native)
+    assert torch.equal(around, before[0])
+    assert torch.equal(case.around, before[1])
+    assert layer.reads.isnan().all()
+    case.run(native)
+
+
 def test_rows_of_who_reads_nothing_stay(native: NativeOps) -> None:
     """A request without memory, whose rows may hold anything: zero times infinity is not zero."""
     case = make()
     case.matrix.fill_(float("inf"))
-    case = case._replace(constants=case.constants._replace(matrix=tiled(case.matrix)))
+    case = case._replace(constants=case.constants._replace(in_rows=tiled(case.matrix)))
     before = case.around.clone()
     own = case.run(native, limit=-1)
     assert (own.reads == 0).all()
@@ -180,12 +253,12 @@ def test_every_half_is_widened_and_narrowed_as_torch_does(native: NativeOps) -> 
 def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
     case = make()
     layer, known, before = case.layer, case.constants, case.around.clone()
-    assert known.matrix is not None
+    assert known.in_rows is not None
     for constants, named in (
-        (known._replace(matrix=known.matrix.double()), "matrix"),
-        (known._replace(matrix=known.matrix[:, :4]), "matrix"),
-        (known._replace(matrix=known.matrix.half()), "not of the dtype of the layer's matrix"),
-        (known._replace(matrix=tiled(torch.zeros(8, 4 * TILE))), "at most 96 columns from column 0 on, got 128"),
+        (known._replace(in_rows=known.in_rows.double()), "matrix"),
+        (known._replace(in_rows=known.in_rows[:, :4]), "matrix"),
+        (known._replace(in_rows=known.in_rows.half()), "not of the dtype of the layer's matrix"),
+        (known._replace(in_rows=tiled(torch.zeros(8, 4 * TILE))), "at most 96 columns from column 0 on, got 128"),
         (known._replace(first=2 * TILE), "at most 32 columns from column 64 on, got 64"),
         (known._replace(first=-1), "first column 0 or more, not -1"),
     ):

@@ -13,7 +13,7 @@ from deltamem_vllm.ops.direct import DTYPES, EXTENSION, NextLayer, by_ctypes, by
 from deltamem_vllm.ops.dispatch import select
 from deltamem_vllm.ops.native import NativeOps, find_library
 from tests.ops.paging import make_shape
-from tests.ops.stack import LAYERS, TURN, Stack, same_bits
+from tests.ops.stack import HIDDEN, LAYERS, TURN, Stack, same_bits
 
 SHAPE = make_shape(8)
 FP32 = DTYPES[torch.float32]
@@ -39,19 +39,26 @@ def call(request: pytest.FixtureRequest, native: NativeOps) -> NextLayer:
 
 
 @pytest.mark.parametrize("length", [4, 20])
-def test_the_bits_are_those_of_the_operator(native: NativeOps, call: NextLayer, length: int) -> None:
+@pytest.mark.parametrize("in_residual", [False, True])
+def test_the_bits_are_those_of_the_operator(native: NativeOps, call: NextLayer, length: int, in_residual: bool) -> None:
+    """Of reads that are kept, or of the residual that they correct."""
     results = []
     for plain in (False, True):
         stack, seen = Stack(SHAPE), list[torch.Tensor]()
         seen.append(stack.begin(native, length, stack.step(length, 0)).reads)
         for layer in range(1, LAYERS):
             own = stack.rows(layer, length)
+            if in_residual:
+                own = own._replace(kept=None, residual=stack.residual(layer, length))
+            reads, residual = (0 if each is None else each.data_ptr() for each in own[2:])
+            rows = own.rows.contiguous()
             if plain:
-                rows = own.rows.contiguous()
-                call(rows.data_ptr(), length, rows.shape[1], FP32, own.reads.data_ptr(), SHAPE.width, layer)
+                call(rows.data_ptr(), length, rows.shape[1], FP32, reads, SHAPE.width, residual, HIDDEN, layer)
             else:
                 native.scan_next(own, layer)
-            seen.append(own.reads)
+            if own.residual is not None:
+                assert not same_bits(own.residual, stack.residual(layer, length)), "o was not corrected"
+            seen += [each for each in own[2:] if each is not None]
         results.append((*seen, *(world.whole for world in stack.worlds)))
     for one, other in zip(*results, strict=True):
         assert same_bits(one, other)
@@ -71,23 +78,32 @@ def test_what_does_not_fit_is_refused(native: NativeOps, call: NextLayer) -> Non
         (4, columns, FP32, 7, 1, "reads: expected 8 contiguous floats for each of 4 tokens, got 4 rows of 7"),
     ):
         with pytest.raises(RuntimeError, match=named):
-            call(own.rows.data_ptr(), count, wide, dtype, own.reads.data_ptr(), width, place)
+            call(own.rows.data_ptr(), count, wide, dtype, own.reads.data_ptr(), width, 0, 0, place)
+    residual = stack.residual(1, 4)
+    with pytest.raises(RuntimeError, match=r"residual: expected a matrix .* at most 8 columns .* got 64"):
+        call(own.rows.data_ptr(), 4, columns, FP32, own.reads.data_ptr(), 8, residual.data_ptr(), 8, 1)
+    assert same_bits(residual, stack.residual(1, 4))
     assert own.reads.isnan().all()
     for world, old in zip(stack.worlds, before, strict=True):
         assert same_bits(world.whole, old)
-    call(own.rows.data_ptr(), 4, columns, FP32, own.reads.data_ptr(), 8, 1)
+    call(own.rows.data_ptr(), 4, columns, FP32, own.reads.data_ptr(), 8, 0, 0, 1)
     assert own.reads.isfinite().all()
 
 
 def test_a_step_without_requests_reads_zero(native: NativeOps, call: NextLayer) -> None:
     native.scan_nothing(2)
-    own = Stack(SHAPE).rows(1, 4)
-    call(own.rows.data_ptr(), 4, own.rows.shape[1], FP32, own.reads.data_ptr(), 8, 1)
+    stack = Stack(SHAPE)
+    own = stack.rows(1, 4)
+    residual = stack.residual(1, 4)
+    call(own.rows.data_ptr(), 4, own.rows.shape[1], FP32, own.reads.data_ptr(), 8, residual.data_ptr(), HIDDEN, 1)
     assert (own.reads == 0).all()
+    assert same_bits(residual, stack.residual(1, 4))
+    native.scan_nothing(2)
+    call(own.rows.data_ptr(), 4, own.rows.shape[1], FP32, 0, 0, 0, 0, 1)
 
 
 def test_other_arguments_are_refused(native: NativeOps) -> None:
-    for given in ((1, 2, 3), ("rows", 1, 1, 0, 0, 8, 1), (0, 2**70, 1, 0, 0, 8, 1)):
+    for given in ((1, 2, 3), ("rows", 1, 1, 0, 0, 8, 0, 0, 1), (0, 2**70, 1, 0, 0, 8, 0, 0, 1)):
         with pytest.raises((TypeError, OverflowError)):
             direct.next_layer(*given)
 

@@ -110,10 +110,13 @@ def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
         (own._replace(rows=own.rows[:, 1:]), hidden, "rows: expected 4 contiguous rows .* strides .104, 1."),
         (own._replace(rows=own.rows[0]), hidden, "rows: expected 4 contiguous rows on a CPU, got shape .104."),
         (own._replace(rows=own.rows.to("meta")), hidden, "rows: expected 4 contiguous rows on a CPU, got .* on meta"),
-        (own._replace(rows=own.rows.double()), hidden, "rows and reads of torch.float64 and torch.float32"),
-        (own._replace(reads=own.reads.half()), hidden, "rows and reads of torch.float32 and torch.float16"),
-        (own._replace(reads=own.reads[:3]), hidden, "reads: expected 4 contiguous rows on a CPU, got shape .3, 8."),
+        (own._replace(rows=own.rows.double()), hidden, "rows: expected torch.float32, got torch.float64"),
+        (own._replace(kept=own.reads.half()), hidden, "reads: expected torch.float32, got torch.float16"),
+        (own._replace(kept=own.reads[:3]), hidden, "reads: expected 4 contiguous rows on a CPU, got shape .3, 8."),
         (own, hidden[0], "rows: expected 24 contiguous rows"),
+        (own._replace(residual=torch.zeros(3, 40)), hidden, "residual: expected 4 contiguous rows"),
+        (own._replace(residual=torch.zeros(4, 41)[:, 1:]), hidden, "residual: expected 4 contiguous rows"),
+        (own._replace(residual=torch.zeros(4, 40).half()), hidden, "residual: expected torch.float32, got .*16"),
     ):
         with pytest.raises(RuntimeError, match=named):
             native.project_next(wrong, inputs, None, product, 1)
@@ -122,7 +125,7 @@ def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
         native.project_next(own, hidden[:, 1:].contiguous(), None, product, 1)
     with pytest.raises(RuntimeError, match=f"layer 2, but {TURN} 1"):
         native.project_next(own, hidden, None, product, 2)
-    narrow = own._replace(reads=own.reads[:, 1:].contiguous())
+    narrow = own._replace(kept=own.reads[:, 1:].contiguous())
     with pytest.raises(RuntimeError, match="reads: expected 8 contiguous floats for each of 4 tokens, got 4 rows of 7"):
         native.project_next(narrow, hidden, None, product, 1)
     assert own.reads.isnan().all()
