@@ -24,8 +24,8 @@ ONLY_SPLIT = ("Qwen3Attention",)
 """vLLM 0.32's attention modules that do nothing with qkv_proj's output but split it into q, k and v at once: what they
 are handed need not be one run of memory (columns of wider rows), nor one tensor (`Parts`)."""
 ADDS_O_AT_ONCE = ("Qwen3DecoderLayer",)
-"""vLLM 0.32's decoder layers that do nothing with what attention puts out but add it to the residual that their
-``input_layernorm`` hands on: the correction of o may be there before."""
+"""vLLM 0.32's decoder layers that do nothing with what attention puts out but add it to the residual: what their
+``input_layernorm`` hands on as such or, in a model's first layer, reads. The correction of o may be there before."""
 Hook = Callable[..., Any]
 
 
@@ -81,8 +81,6 @@ def attach(module: Any, memory: MemoryLayer, sizes: tuple[int, int]) -> bool:
 def attach_to_residual(layer: Any, memory: MemoryLayer) -> None:
     """Have o corrected in the residual, as part of the memory's own call, where decoder layer and kernels allow that.
 
-    A layer whose norm hands on no residual, a model's first, corrects o behind o_proj all the same.
-
     Args:
         layer: the decoder layer whose attention has this memory.
     """
@@ -90,8 +88,7 @@ def attach_to_residual(layer: Any, memory: MemoryLayer) -> None:
         return
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, tuple):
-            memory.add_to(output[1])
+        memory.add_to(output[1] if isinstance(output, tuple) else args[0])
 
     layer.input_layernorm.register_forward_hook(hook)
 

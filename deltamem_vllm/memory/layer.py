@@ -93,7 +93,7 @@ class MemoryLayer(nn.Module):
         self._know(in_rows=self.in_rows, first=first)
 
     def correct_in_residual(self) -> bool:
-        """Have `read` correct o in the residual from now on, in each step that says where that is (`add_to`).
+        """Have `read` correct o in the residual from now on, of which `add_to` tells before.
 
         Only in fp32: a residual of 16 bits would be rounded once more. Returns whether it will.
         """
@@ -101,6 +101,7 @@ class MemoryLayer(nn.Module):
         if matrix is None or self.o_norm_weight is not None or self.dtype != torch.float32:
             return False
         self.in_residual = tiled(matrix)
+        delattr(self, "matrix_o")
         self._know(in_residual=self.in_residual)
         return True
 
@@ -125,8 +126,7 @@ class MemoryLayer(nn.Module):
         """
         source = rows if projected is None else projected
         if self.pages.chain is not None:
-            self._reads = self._room(source) if self._keeps_reads() else None
-            scan_rows(self.pages, LayerRows(rows, projected, self._reads, self._residual))
+            scan_rows(self.pages, self._in_chain(rows, projected))
         else:
             self._reads = self._room(source)
             scan(self.pages, source[:, -self.pages.shape.projected_columns :], self.bias, self._reads)
@@ -139,16 +139,19 @@ class MemoryLayer(nn.Module):
         """
         inputs = hidden.reshape(-1, hidden.shape[-1])
         rows = inputs.new_empty((inputs.shape[0], product.columns))
-        self._reads = self._room(inputs) if self._keeps_reads() else None
-        scan_product(self.pages, LayerRows(rows, None, self._reads, self._residual), inputs, bias, product)
+        scan_product(self.pages, self._in_chain(rows, None), inputs, bias, product)
         return rows.view(*hidden.shape[:-1], product.columns)
 
-    def _keeps_reads(self) -> bool:
-        """Whether a correction is left to be made from what a chain's layer reads."""
-        left = {head for head in HEADS if self.matrix(head) is not None}
-        if self._residual is not None:
-            left.discard("o")
-        return not self._in_place or bool(left)
+    def _in_chain(self, rows: torch.Tensor, projected: torch.Tensor | None) -> LayerRows:
+        """What a layer of a chain is given; with room for reads only if a correction is left to be made from them."""
+        if self.in_residual is not None and self._residual is None:
+            raise RuntimeError(
+                f"{self.pages.prefix}: the norm before this attention did not run, and o is corrected in the residual "
+                "that it names: serve with --deltamem-kernel torch, and report it"
+            )
+        keeps = not self._in_place or any(self.matrix(head) is not None for head in HEADS)
+        self._reads = self._room(rows if projected is None else projected) if keeps else None
+        return LayerRows(rows, projected, self._reads, self._residual)
 
     def _room(self, tokens: torch.Tensor) -> torch.Tensor:
         """For what is read at so many tokens [T, …]."""
@@ -178,7 +181,7 @@ class MemoryLayer(nn.Module):
     def correct_o(self, output: torch.Tensor) -> torch.Tensor:
         """o_proj's output [T, D] with its correction, unless the residual has that already."""
         matrix = self.matrix("o")
-        if matrix is None or self._residual is not None:
+        if matrix is None:
             return output
         reads = self.reads
         if self.o_norm_weight is None:

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from deltamem_vllm.errors import DeltaMemError
-from deltamem_vllm.report.placement import PackedWeights
+from deltamem_vllm.report.placement import PackedWeights, give_back, take
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.store.codec import encode
 from deltamem_vllm.store.protocol import SessionKey
@@ -129,22 +129,23 @@ class Arm:
         timing: Timing = self._call("end")
         return timing
 
-    def drop_weights(self) -> None:
-        """See `PackedWeights.drop`.
+    def move_out(self) -> None:
+        """Between batches, give back the memory of packed weights and of the KV cache (`placement`).
 
         Raises:
             ArmError: the engine's process died.
         """
-        self._call("drop_weights")
+        self._call("move_out")
 
-    def pack_weights(self) -> int:
-        """See `PackedWeights.pack`.
+    def move_in(self) -> tuple[int, int]:
+        """Take memory for what `move_out` has given back, and fill it; how many weights there are, and the KV cache's
+        bytes.
 
         Raises:
-            ArmError: the engine's process died, or has no room for its weights.
+            ArmError: the engine's process died, or there is no room.
         """
-        packed: int = self._call("pack_weights")
-        return packed
+        taken: tuple[int, int] = self._call("move_in")
+        return taken
 
     def run_on(self, core: int) -> None:
         """Have the thread that takes the engine's steps, and those that it starts from now on, run on one core; others
@@ -288,13 +289,19 @@ class Served:
         self._tickets = []
         return replace(self._timing, commit=commit)
 
-    def drop_weights(self) -> None:
-        """See `PackedWeights.drop`."""
+    def move_out(self) -> None:
+        """See `Arm.move_out`."""
         self._weights.drop()
+        give_back(self._caches())
 
-    def pack_weights(self) -> int:
-        """See `PackedWeights.pack`."""
-        return self._weights.pack()
+    def move_in(self) -> tuple[int, int]:
+        """See `Arm.move_in`."""
+        return self._weights.pack(), take(self._caches())
+
+    def _caches(self) -> list[Any]:
+        """Each layer's KV cache."""
+        layers = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        return [cache for layer in layers if (cache := getattr(layer, "kv_cache", None)) is not None]
 
     def facts(self) -> dict[str, Any]:
         """The engine's settings, and what its sizes came to: tokens that its KV cache holds, and bytes of one session's

@@ -1,13 +1,18 @@
-"""Where in memory the weights lie that vLLM has packed for a CPU's matrix products.
+"""Where in memory lies what most of a step's time goes into on a CPU: weights that vLLM has packed for matrix products,
+and the KV cache.
 
-A product takes percents more or less time with where its weight happens to lie, and an engine's weights lie where they
-lie for as long as it lives: two engines of one and the same model differ by more than what is to be measured between
-two. So in a comparison all engines give back the memory of their weights, again and again, and take it anew in another
-order, so that each gets what another had; figures are averages over the places.
+A product takes percents more or less time with where its weight happens to lie, attention with where its keys do, and
+all lie where they lie for as long as an engine lives: two engines of one and the same model differ by more than what is
+to be measured between two. So in a comparison all engines give back that memory, again and again, and take it anew in
+another order, so that each gets what another had; figures are averages over the places.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,6 +64,39 @@ class PackedWeights:
             weight = numbers[dtype][: packed.n * packed.k].view(packed.n, packed.k)
             packed.handler_tensor.fill_(torch.ops._C.create_onednn_mm_handler(weight.t(), 32))
         return len(self._packed)
+
+
+def give_back(tensors: Iterable[torch.Tensor]) -> None:
+    """Give back the memory behind tensors of a CPU, whose values are lost: `take` puts zeros in their place.
+
+    Whole pages of memory that is this process's own, as allocators hand it out for what is large.
+
+    Raises:
+        OSError: it is memory of another kind.
+    """
+    for start, size in _memory(tensors):
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0 and _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), f"madvise of {length} bytes: {os.strerror(ctypes.get_errno())}")
+
+
+def take(tensors: Iterable[torch.Tensor]) -> int:
+    """Take memory for what `give_back` has given back; its bytes. It would be taken page by page else, where the time
+    of steps is measured."""
+    known = _memory(tensors)
+    for start, size in known:
+        ctypes.memset(start, 0, size)
+    return sum(size for _, size in known)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _memory(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
+    """Where tensors' memory begins, and its bytes; memory that several share once."""
+    storages = (each.untyped_storage() for each in tensors if each.device.type == "cpu")
+    return list({each.data_ptr(): (each.data_ptr(), each.nbytes()) for each in storages}.values())
 
 
 def _random(count: int, dtype: torch.dtype) -> torch.Tensor:

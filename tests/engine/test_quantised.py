@@ -174,5 +174,6 @@ def check_layers(engine: Engine, method: str, dtype: str) -> None:
     for layer in layers:
         assert layer["linears"] == {"qkv_proj": method, "o_proj": method}
         assert layer["buffers"].pop("bias") == "torch.float32"
-        assert set(layer["buffers"]) >= {"projection", "in_rows", "matrix_o"}
+        for_o = "in_residual" if dtype == "torch.float32" else "matrix_o"
+        assert set(layer["buffers"]) >= {"projection", "in_rows", for_o}
         assert set(layer["buffers"].values()) == {dtype}

@@ -113,15 +113,15 @@ class Counted:
     def run_on(self, core: int) -> None:
         self.cores.append(core)
 
-    def drop_weights(self) -> None:
+    def move_out(self) -> None:
         assert not self.dropped
         self.dropped = True
 
-    def pack_weights(self) -> int:
+    def move_in(self) -> tuple[int, int]:
         assert self.dropped
         self.dropped = False
         self.moved += 1
-        return 1
+        return 1, 1
 
     def begin(self, prompts: list[list[int]], tokens: int) -> None:
         assert not self.dropped

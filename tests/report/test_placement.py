@@ -1,15 +1,17 @@
-"""Weights that vLLM has packed give up their place and get another; products find them there."""
+"""Weights that vLLM has packed, and the KV cache, give up their place and get another; they are found there."""
 
 from __future__ import annotations
 
 import gc
+import mmap
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from vllm import _custom_ops as ops
 
-from deltamem_vllm.report.placement import PackedWeights
+from deltamem_vllm.report.placement import PackedWeights, give_back, take
 
 COLUMNS, INPUTS = 192, 64
 
@@ -45,3 +47,23 @@ def test_what_is_gone_is_not_packed(watched: PackedWeights) -> None:
     watched.drop()
     assert watched.pack() == 1
     assert kept.handler_tensor.item()
+
+
+def test_memory_that_was_given_back_is_zero() -> None:
+    """Also where tensors share it, and do not fill whole pages."""
+    whole, apart = torch.full((3 << 20,), 7.0), torch.full((1 << 20,), 7.0)
+    parts = [whole[: 1 << 20], whole[5:].view(-1), apart]
+    where, held = whole.data_ptr(), resident()
+    give_back(parts)
+    assert held - resident() > (14 << 20), "it was kept"
+    assert take(parts) == 16 << 20
+    assert whole.data_ptr() == where
+    assert (whole == 0).all()
+    assert (apart == 0).all()
+    whole += 1
+    assert whole.sum() == 3 << 20
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
