@@ -1,10 +1,10 @@
 """Where in memory lies what most of a step's time goes into on a CPU: weights that vLLM has packed for matrix products,
 and the KV cache.
 
-A product takes percents more or less time with where its weight happens to lie, attention with where its keys do, and
-all lie where they lie for as long as an engine lives: two engines of one and the same model differ by more than what is
-to be measured between two. So in a comparison all engines give back that memory, again and again, and take it anew in
-another order, so that each gets what another had; figures are averages over the places.
+A product takes percents more or less time with where its weight happens to lie, and it lies there for as long as an
+engine lives: two engines of one and the same model differ by more than what is to be measured between two. So in a
+comparison all engines give back that memory, again and again, and take it anew in another order, so that each gets what
+another had; figures are averages over the places.
 """
 
 from __future__ import annotations
