@@ -133,9 +133,9 @@ def _check_plain(name: str, tensor: Tensor, count: int, dtype: torch.dtype) -> N
         raise RuntimeError(f"{name}: expected {dtype}, got {tensor.dtype}")
 
 
-def _plain(tensor: Tensor | None) -> tuple[int, int, int]:
-    """Address, rows and columns."""
-    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.shape[0], tensor.shape[1])
+def _plain(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and columns."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.shape[1])
 
 
 class NativeOps:
@@ -213,16 +213,21 @@ class NativeOps:
             RuntimeError: as of `scan_next`, or the product cannot be made; rows may have been written.
         """
         rows, _, kept, residual = layer
+        count = len(hidden)
+        if rows.dtype not in direct.DTYPES:
+            raise RuntimeError(f"rows: expected one of {', '.join(map(str, direct.DTYPES))}, got {rows.dtype}")
         for name, tensor, dtype in (
-            ("rows", rows, rows.dtype if rows.dtype in direct.DTYPES else torch.float32),
+            ("rows", rows, rows.dtype),
             ("reads", kept, torch.float32),
             ("residual", residual, rows.dtype),
         ):
             if tensor is not None:
-                _check_plain(name, tensor, len(hidden), dtype)
+                _check_plain(name, tensor, count, dtype)
         torch.ops._C.onednn_mm(rows, hidden, bias, product.handler)
-        kind = direct.DTYPES[rows.dtype]
-        direct.next_layer(*_plain(rows), kind, *_plain(kept)[::2], *_plain(residual)[::2], place)
+        address, columns = _plain(rows)
+        direct.next_layer(
+            address, count, columns, direct.DTYPES[rows.dtype], *_plain(kept), *_plain(residual), place
+        )
 
     def page_state(
         self,

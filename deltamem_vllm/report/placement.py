@@ -50,6 +50,10 @@ class PackedWeights:
         for packed in self._packed:
             packed.dtor(packed.handler_tensor.item())
             packed.handler_tensor.fill_(0)
+        # glibc keeps what is freed in the middle of its heap, where all but the largest weights are: `pack` would find
+        # the same places again.
+        if (trim := getattr(_libc, "malloc_trim", None)) is not None:
+            trim(0)
 
     def pack(self) -> int:
         """Put random weights in the place of all that `drop` has given back; how many there are.

@@ -49,6 +49,21 @@ def test_what_is_gone_is_not_packed(watched: PackedWeights) -> None:
     assert kept.handler_tensor.item()
 
 
+def test_what_is_dropped_does_not_stay_in_the_heap(watched: PackedWeights) -> None:
+    """Weights that once were given back share a heap with what lives on, in which glibc keeps what is freed."""
+    packed, between = [], []
+    for _ in range(8):
+        packed.append(ops.create_onednn_mm(torch.zeros(3072, 1024).t(), 32))
+        between.append(torch.zeros(64))
+    size = sum(each.n * each.k * 4 for each in packed)
+    for _ in range(3):
+        held = resident()
+        watched.drop()
+        assert held - resident() > 0.9 * size, "it was kept"
+        assert watched.pack() == len(packed)
+    assert len(between) == len(packed)
+
+
 def test_memory_that_was_given_back_is_zero() -> None:
     """Also where tensors share it, and do not fill whole pages."""
     whole, apart = torch.full((3 << 20,), 7.0), torch.full((1 << 20,), 7.0)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from deltamem_vllm.adapter.weights import load_adapter
 from deltamem_vllm.cli import app
 from deltamem_vllm.folders import PREFIX
-from deltamem_vllm.report.arm import Timing
+from deltamem_vllm.report.arm import Arm, Setup, Timing
 from deltamem_vllm.report.compare import first, milliseconds, per_token, ratio
 from deltamem_vllm.report.random import QWEN3_0_6B, TINY, write_adapter, write_lora, write_model
 from deltamem_vllm.report.table import markdown
@@ -69,6 +69,22 @@ def test_wrong_arguments_are_said_before_an_engine_starts(arguments: list[str], 
     result = CliRunner().invoke(app, ["report", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code != 0
     assert said in result.output
+
+
+def test_an_engine_runs_on_once_its_memory_lies_elsewhere() -> None:
+    options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "block_size": 32}
+    setup = Setup(str(MODEL), str(ADAPTER), options=options, env={"VLLM_CPU_KVCACHE_SPACE": "1"})
+    layers = len(load_adapter(ADAPTER).layers)
+    with Arm("memory", setup) as arm:
+        for _ in range(2):
+            arm.move_out()
+            weights, cache = arm.move_in()
+            assert weights >= 4 * layers, "of qkv, o, gate and up, and down, some were not watched"
+            assert 0.9 * 2**30 < cache <= 2**30, "not the cache that the engine was given room for"
+            arm.begin([[5, 6, 7], [8, 9]], 4)
+            while arm.step():
+                pass
+            assert len(arm.end().gaps) == 3
 
 
 @pytest.mark.nightly
