@@ -225,9 +225,7 @@ class NativeOps:
                 _check_plain(name, tensor, count, dtype)
         torch.ops._C.onednn_mm(rows, hidden, bias, product.handler)
         address, columns = _plain(rows)
-        direct.next_layer(
-            address, count, columns, direct.DTYPES[rows.dtype], *_plain(kept), *_plain(residual), place
-        )
+        direct.next_layer(address, count, columns, direct.DTYPES[rows.dtype], *_plain(kept), *_plain(residual), place)
 
     def page_state(
         self,
