@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from deltamem_vllm.errors import DeltaMemError
-from deltamem_vllm.report.placement import PackedWeights, give_back, take
+from deltamem_vllm.report.placement import PackedWeights, give_back, take, use_large_pages
 from deltamem_vllm.server.tenants import DEFAULT_TENANT
 from deltamem_vllm.store.codec import encode
 from deltamem_vllm.store.protocol import SessionKey
@@ -296,7 +296,9 @@ class Served:
 
     def move_in(self) -> tuple[int, int]:
         """See `Arm.move_in`."""
-        return self._weights.pack(), take(self._caches())
+        taken = self._weights.pack(), take(self._caches())
+        use_large_pages()
+        return taken
 
     def _caches(self) -> list[Any]:
         """Each layer's KV cache."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
-from deltamem_vllm.report.placement import PackedWeights, give_back, take
+from deltamem_vllm.report.placement import LARGE_PAGE, PackedWeights, give_back, take, use_large_pages
 
 COLUMNS, INPUTS = 192, 64
 
@@ -77,6 +78,30 @@ def test_memory_that_was_given_back_is_zero() -> None:
     assert (apart == 0).all()
     whole += 1
     assert whole.sum() == 3 << 20
+
+
+def test_what_lay_in_small_pages_lies_in_large_ones() -> None:
+    held = mmap.mmap(-1, 5 * LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    where = ctypes.addressof(ctypes.c_char.from_buffer(held))
+    written = bytes(range(256)) * (len(held) // 256)
+    for at in range(0, len(held), mmap.PAGESIZE):  # page after page, as a heap grows
+        held[at : at + mmap.PAGESIZE] = written[at : at + mmap.PAGESIZE]
+    assert use_large_pages() >= 4 * LARGE_PAGE
+    assert in_large_pages(where) >= 4 * LARGE_PAGE
+    assert held[:] == written
+
+
+def in_large_pages(where: int) -> int:
+    """Bytes in large pages of the mapping that has this address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            start, stop = (int(each, 16) for each in first.split("-"))
+            inside = start <= where < stop
+        elif inside and first == "AnonHugePages:":
+            return int(rest[0]) * 1024
+    return 0
 
 
 def resident() -> int:
