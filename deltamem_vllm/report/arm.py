@@ -138,8 +138,8 @@ class Arm:
         self._call("move_out")
 
     def move_in(self) -> tuple[int, int]:
-        """Take memory for what `move_out` has given back, in large pages, and fill it; how many weights there are, and the KV cache's
-        bytes.
+        """Take memory for what `move_out` has given back, in large pages, and fill it; how many weights there are, and
+        the KV cache's bytes.
 
         Raises:
             ArmError: the engine's process died, or there is no room.
