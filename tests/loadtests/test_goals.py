@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,17 @@ def test_rounds_are_averaged_and_kept() -> None:
 def test_every_arm_starts_once_in_each_place() -> None:
     orders = [overhead.turned(overhead.CLOSE, number) for number in range(len(overhead.CLOSE))]
     assert all(sorted(each) == sorted(overhead.CLOSE) for each in (*orders, *zip(*orders, strict=True)))
+
+
+def test_arms_take_memory_in_each_place_of_the_order_equally_often() -> None:
+    arms = list(overhead.CLOSE)
+    orders = overhead.taking(arms)
+    assert len({*orders}) == len(orders) == 2 * len(arms)
+    for half in (orders[: len(arms)], orders[len(arms) :]):
+        assert all(sorted(each) == sorted(arms) for each in (*half, *zip(*half, strict=True)))
+    follows = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert len(follows) == len(arms) * (len(arms) - 1)
+    assert {*follows.values()} == {2}
 
 
 class Counted:
