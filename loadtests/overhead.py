@@ -9,14 +9,14 @@ percents have 8 of its 28 layers, and as large a share of its vocabulary; so can
 step costs beside its layers then weighs three times as much.
 
 Two engines that are the same differ by percents for as long as their weights lie where they lie. So before each round
-all arms give up the places of all of their weights and of their KV caches and take others, in each order in turn and
-in large pages (`deltamem_vllm.report.placement`). Cores differ, too: in a round all arms take their steps on the same
-one, in the next round on the next. That is not all of an engine's memory: all of them start three times, each arm once
-in each place of the order, behind a start that is not measured, for which vLLM compiles. A figure is the mean over the
-rounds of all starts of the median of an arm's ratios to vanilla in the same step; beside it stands its standard error
-over starts. Vanilla runs twice: memory is compared with both of its engines, and what the second one is to the first
-shows how far the noise goes. Prompts of several steps, which take long, have half of the rounds; so have the arms
-that are far apart, which start once.
+all arms give up the places of all of their weights and of their KV caches and take others in large pages
+(`deltamem_vllm.report.placement`), each of them first, second and so on in turn. Cores differ, too: in a round all
+arms take their steps on the same one, in the next round on the next. That is not all of an engine's memory: all of
+them start three times, each arm once in each place of the order, behind a start that is not measured, for which vLLM
+compiles. A figure is the mean over the rounds of all starts of the median of an arm's ratios to vanilla in the same
+step; beside it stands its standard error over starts. Vanilla runs twice: memory is compared with both of its engines,
+and what the second one is to the first shows how far the noise goes. Prompts of several steps, which take long, have
+half of the rounds; so have the arms that are far apart, which start once.
 """
 
 from __future__ import annotations

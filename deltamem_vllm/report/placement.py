@@ -100,8 +100,8 @@ def take(tensors: Iterable[torch.Tensor]) -> int:
 
 def use_large_pages() -> int:
     """Have the memory that this process holds by itself lie in large pages where Linux can do that (6.1); bytes that it
-    was done for. An allocator's heap has small ones wherever something small lives on between what is given back: how
-    many differs from engine to engine, and a weight that lies in them takes longer to read.
+    was done for. A heap has small ones wherever something small lives on between what is given back and taken again:
+    engines would differ by what that is.
     """
     done = 0
     for line in Path("/proc/self/maps").read_text().splitlines():

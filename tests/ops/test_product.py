@@ -110,7 +110,11 @@ def test_what_does_not_fit_is_refused(native: NativeOps) -> None:
         (own._replace(rows=own.rows[:, 1:]), hidden, "rows: expected 4 contiguous rows .* strides .104, 1."),
         (own._replace(rows=own.rows[0]), hidden, "rows: expected 4 contiguous rows on a CPU, got shape .104."),
         (own._replace(rows=own.rows.to("meta")), hidden, "rows: expected 4 contiguous rows on a CPU, got .* on meta"),
-        (own._replace(rows=own.rows.double()), hidden, "rows: expected one of .*32, .*16, .*16, got torch.float64"),
+        (
+            own._replace(rows=own.rows.double()),
+            hidden,
+            r"rows: expected one of torch\.float32, torch\.bfloat16, torch\.float16, got torch\.float64",
+        ),
         (own._replace(kept=own.reads.half()), hidden, "reads: expected torch.float32, got torch.float16"),
         (own._replace(kept=own.reads[:3]), hidden, "reads: expected 4 contiguous rows on a CPU, got shape .3, 8."),
         (own, hidden[0], "rows: expected 24 contiguous rows"),
