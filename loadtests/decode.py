@@ -112,7 +112,7 @@ class Model:
 
     def next(self, rows: Tensor, residual: Tensor, layer: int) -> None:
         """The memory in a plain call."""
-        direct.next_layer(rows.data_ptr(), self.rows, self.columns, FP32, 0, 0, residual.data_ptr(), HIDDEN, layer)
+        direct.next_layer(rows, self.rows, self.columns, FP32, None, 0, residual, HIDDEN, layer)
 
     def operator(self, layer: int, hidden: Tensor, residual: Tensor) -> Tensor:
         """qkv_proj, and then the memory as an operator of torch; what qkv_proj put out."""

@@ -13,10 +13,10 @@ all arms give up the places of all of their weights and of their KV caches and t
 (`deltamem_vllm.report.placement`), each of them first, second and so on in turn. Cores differ, too: in a round all
 arms take their steps on the same one, in the next round on the next. That is not all of an engine's memory: all of
 them start three times, each arm once in each place of the order, behind a start that is not measured, for which vLLM
-compiles. A figure is the mean over the rounds of all starts of the median of an arm's ratios to vanilla in the same
-step; beside it stands its standard error over starts. Vanilla runs twice: memory is compared with both of its engines,
-and what the second one is to the first shows how far the noise goes. Prompts of several steps, which take long, have
-half of the rounds; so have the arms that are far apart, which start once.
+compiles. A round's figure is the median of an arm's ratios to vanilla in the same step, a start's the median of its
+rounds', and what is told the mean over starts, beside its standard error. Vanilla runs twice: memory is compared with
+both of its engines, and what the second one is to the first shows how far the noise goes. Prompts of several steps,
+which take long, have half of the rounds; so have the arms that are far apart, which start once.
 """
 
 from __future__ import annotations
@@ -131,31 +131,31 @@ def taking(arms: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def mean(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of all rounds as one per measurement: means of their figures, the memory's standard error, and the
-    rounds themselves."""
+    """The rows of all rounds as one per measurement: means over starts of the medians of their rounds, since now and
+    then a neighbour of the machine slows one arm's seconds of a round down, by tenths; the memory's standard error; and
+    the rounds themselves."""
     by_what: dict[str, list[dict[str, Any]]] = {}
     for each in rows:
         by_what.setdefault(each["what"], []).append({name: each[name] for name in each if name != "what"})
     found = []
     for what, rounds in by_what.items():
-        means: dict[str, Any] = {
-            name: statistics.fmean(each[name] for each in rounds) for name in rounds[0] if name != START
-        }
+        figures = {name: _by_start(rounds, name) for name in rounds[0] if name != START}
+        means: dict[str, Any] = {name: statistics.fmean(each) for name, each in figures.items()}
         if len(rounds) > 1:
-            means |= {f"{MEMORY} % ±": _error(rounds), "rounds": len(rounds)}
+            # Of the rounds only where there is one start: those of one start are of the same engines.
+            values = figures[f"{MEMORY} %"]
+            values = values if len(values) > 1 else [each[f"{MEMORY} %"] for each in rounds]
+            means |= {f"{MEMORY} % ±": statistics.stdev(values) / math.sqrt(len(values)), "rounds": len(rounds)}
         found.append({"what": what, **means, "by round": rounds})
     return found
 
 
-def _error(rounds: Sequence[dict[str, Any]]) -> float:
-    """Standard error of the memory's mean: over starts, because the rounds of one start are of the same engines; over
-    rounds where there is one start."""
+def _by_start(rounds: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """A figure's median over the rounds of each start."""
     starts: dict[int, list[float]] = {}
     for each in rounds:
-        starts.setdefault(each.get(START, 0), []).append(each[f"{MEMORY} %"])
-    each_start = [statistics.fmean(each) for each in starts.values()]
-    values = each_start if len(starts) > 1 else [each[f"{MEMORY} %"] for each in rounds]
-    return statistics.stdev(values) / math.sqrt(len(values))
+        starts.setdefault(each.get(START, 0), []).append(each[name])
+    return [statistics.median(each) for each in starts.values()]
 
 
 def run(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from deltamem_vllm import compat
@@ -30,11 +31,20 @@ def check(vllm_config: Any) -> None:
     _refuse(vllm_config)
     open_store(settings.store).close()  # a store that cannot be opened is said now, not at the first request
     adapter = load_adapter(settings.adapter, backbone_shape(vllm_config))
-    # A compiled graph depends on the adapter's shapes; paths and sizes stay out of the key.
+    # A compiled graph depends on the adapter's shapes and on who wrote it; paths and sizes stay out of the key.
     vllm_config.additional_config = {
         **(vllm_config.additional_config or {}),
-        PLUGIN: {"adapter": adapter.fingerprint},
+        PLUGIN: {"adapter": adapter.fingerprint, "code": code_fingerprint()},
     }
+
+
+def code_fingerprint(package: Path = Path(__file__).parents[1]) -> str:
+    """Hex digest of the code that decides what a compiled graph calls, and how: vLLM keeps graphs on disk, and what
+    another version of the plugin has compiled must not be found by this one."""
+    found = hashlib.blake2b(digest_size=16)
+    for file in sorted([package / "compat.py", *(package / "memory").glob("*.py"), *(package / "ops").glob("*.py")]):
+        found.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 def backbone_shape(vllm_config: Any) -> BackboneShape:

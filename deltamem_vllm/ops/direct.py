@@ -16,22 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """By dtype of rows, its number (`Dtype` in csrc/cpu/delta_rule.h)."""
 EXTENSION = "_direct.so"
 
-NextLayer = Callable[[int, int, int, int, int, int, int, int, int], None]
+NextLayer = Callable[[Tensor, int, int, int, Tensor | None, int, Tensor | None, int, int], None]
 
 
-def _not_loaded(*_: int) -> None:
+def _not_loaded(*_: Any) -> None:
     raise RuntimeError("the native library is not loaded: make a NativeOps first")
 
 
 next_layer: NextLayer = _not_loaded
 """``(rows, count, columns, dtype, reads, width, residual, hidden, place)``: `NativeOps.scan_next` of rows [count,
-columns], of a dtype of `DTYPES`, reads [count, width] fp32, and a residual [count, hidden] of the rows' dtype, by their
-addresses; 0: none. All are contiguous, of a CPU and live until this returns: whoever calls has seen to that. Raises
+columns], of a dtype of `DTYPES`, reads [count, width] fp32, and a residual [count, hidden] of the rows' dtype; None
+has 0 columns. All are contiguous and of a CPU, and the numbers are theirs: whoever calls has seen to that. Raises
 ``RuntimeError`` as `NativeOps.scan_next` does."""
 
 
@@ -43,7 +44,11 @@ def bind(library: Path) -> None:
 
 
 def by_extension(path: Path, function: Any) -> NextLayer | None:
-    """`next_layer` of the extension module at ``path``; None where there is none that this Python loads."""
+    """`next_layer` of the extension module at ``path``; None where there is none that this Python loads, or this torch
+    does not tell kernels how to find a tensor's data."""
+    data = getattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr", None)
+    if data is None:
+        return None
     name = f"{__package__}._direct"
     spec = spec_from_loader(name, ExtensionFileLoader(name, str(path)))
     assert spec is not None
@@ -51,7 +56,7 @@ def by_extension(path: Path, function: Any) -> NextLayer | None:
         module = module_from_spec(spec)
     except ImportError:
         return None
-    module.bind(ctypes.cast(function, ctypes.c_void_p).value)
+    module.bind(ctypes.cast(function, ctypes.c_void_p).value, data)
     found: NextLayer = module.next_layer
     return found
 
@@ -62,8 +67,12 @@ def by_ctypes(function: Any) -> NextLayer:
     function.argtypes = (pointer, number, number, number, pointer, number, pointer, number, number)
     function.restype = ctypes.c_char_p
 
-    def call(*given: int) -> None:
-        wrong: bytes | None = function(*given)
+    def call(
+        rows: Tensor, count: int, columns: int, dtype: int, reads: Tensor | None, width: int, residual: Tensor | None,
+        hidden: int, place: int,
+    ) -> None:  # fmt: skip
+        kept, added_to = (0 if each is None else each.data_ptr() for each in (reads, residual))
+        wrong: bytes | None = function(rows.data_ptr(), count, columns, dtype, kept, width, added_to, hidden, place)
         if wrong is not None:
             raise RuntimeError(wrong.decode())
 

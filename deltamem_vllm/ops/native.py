@@ -133,9 +133,9 @@ def _check_plain(name: str, tensor: Tensor, count: int, dtype: torch.dtype) -> N
         raise RuntimeError(f"{name}: expected {dtype}, got {tensor.dtype}")
 
 
-def _plain(tensor: Tensor | None) -> tuple[int, int]:
-    """Address and columns."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.shape[1])
+def _plain(tensor: Tensor | None) -> tuple[Tensor | None, int]:
+    """With its columns."""
+    return tensor, 0 if tensor is None else tensor.shape[1]
 
 
 class NativeOps:
@@ -224,8 +224,8 @@ class NativeOps:
             if tensor is not None:
                 _check_plain(name, tensor, count, dtype)
         torch.ops._C.onednn_mm(rows, hidden, bias, product.handler)
-        address, columns = _plain(rows)
-        direct.next_layer(address, count, columns, direct.DTYPES[rows.dtype], *_plain(kept), *_plain(residual), place)
+        number = direct.DTYPES[rows.dtype]
+        direct.next_layer(rows, count, rows.shape[1], number, *_plain(kept), *_plain(residual), place)
 
     def page_state(
         self,

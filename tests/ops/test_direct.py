@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,10 +51,9 @@ def test_the_bits_are_those_of_the_operator(native: NativeOps, call: NextLayer, 
             own = stack.rows(layer, length)
             if in_residual:
                 own = own._replace(kept=None, residual=stack.residual(layer, length))
-            reads, residual = (0 if each is None else each.data_ptr() for each in own[2:])
             rows = own.rows.contiguous()
             if plain:
-                call(rows.data_ptr(), length, rows.shape[1], FP32, reads, SHAPE.width, residual, HIDDEN, layer)
+                call(rows, length, rows.shape[1], FP32, own.kept, SHAPE.width, own.residual, HIDDEN, layer)
             else:
                 native.scan_next(own, layer)
             if own.residual is not None:
@@ -78,15 +78,15 @@ def test_what_does_not_fit_is_refused(native: NativeOps, call: NextLayer) -> Non
         (4, columns, FP32, 7, 1, "reads: expected 8 contiguous floats for each of 4 tokens, got 4 rows of 7"),
     ):
         with pytest.raises(RuntimeError, match=named):
-            call(own.rows.data_ptr(), count, wide, dtype, own.reads.data_ptr(), width, 0, 0, place)
+            call(own.rows, count, wide, dtype, own.reads, width, None, 0, place)
     residual = stack.residual(1, 4)
     with pytest.raises(RuntimeError, match=r"residual: expected a matrix .* at most 8 columns .* got 64"):
-        call(own.rows.data_ptr(), 4, columns, FP32, own.reads.data_ptr(), 8, residual.data_ptr(), 8, 1)
+        call(own.rows, 4, columns, FP32, own.reads, 8, residual, 8, 1)
     assert same_bits(residual, stack.residual(1, 4))
     assert own.reads.isnan().all()
     for world, old in zip(stack.worlds, before, strict=True):
         assert same_bits(world.whole, old)
-    call(own.rows.data_ptr(), 4, columns, FP32, own.reads.data_ptr(), 8, 0, 0, 1)
+    call(own.rows, 4, columns, FP32, own.reads, 8, None, 0, 1)
     assert own.reads.isfinite().all()
 
 
@@ -95,17 +95,33 @@ def test_a_step_without_requests_reads_zero(native: NativeOps, call: NextLayer) 
     stack = Stack(SHAPE)
     own = stack.rows(1, 4)
     residual = stack.residual(1, 4)
-    call(own.rows.data_ptr(), 4, own.rows.shape[1], FP32, own.reads.data_ptr(), 8, residual.data_ptr(), HIDDEN, 1)
+    call(own.rows, 4, own.rows.shape[1], FP32, own.reads, 8, residual, HIDDEN, 1)
     assert (own.reads == 0).all()
     assert same_bits(residual, stack.residual(1, 4))
     native.scan_nothing(2)
-    call(own.rows.data_ptr(), 4, own.rows.shape[1], FP32, 0, 0, 0, 0, 1)
+    call(own.rows, 4, own.rows.shape[1], FP32, None, 0, None, 0, 1)
 
 
 def test_other_arguments_are_refused(native: NativeOps) -> None:
-    for given in ((1, 2, 3), ("rows", 1, 1, 0, 0, 8, 0, 0, 1), (0, 2**70, 1, 0, 0, 8, 0, 0, 1)):
-        with pytest.raises((TypeError, OverflowError)):
+    none: tuple[Any, ...] = (None, 8, None, 0, 1)
+    for given, wrong in (
+        ((1, 2, 3), TypeError),
+        (("rows", 1, 1, 0, *none), TypeError),
+        ((torch.empty(1, 1), 2**70, 1, 0, *none), OverflowError),
+        ((torch.empty(1, 1), 1, 1, 0, torch.float32, 8, None, 0, 1), TypeError),
+    ):
+        with pytest.raises(wrong):
             direct.next_layer(*given)
+
+
+def test_a_torch_that_does_not_tell_of_data_goes_another_way(
+    native: NativeOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = find_library()
+    assert library is not None
+    monkeypatch.delattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr")
+    function = ctypes.CDLL(str(library)).deltamem_next
+    assert by_extension(library.with_name(EXTENSION), function) is None
 
 
 def test_without_the_extension_there_is_another_way(tmp_path: Path, native: NativeOps) -> None:

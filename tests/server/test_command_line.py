@@ -16,9 +16,11 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+import deltamem_vllm
 from deltamem_vllm.config import CONNECTOR, settings_of
 from deltamem_vllm.demo.server import environment, vllm_command
 from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.memory.preflight import code_fingerprint
 from deltamem_vllm.plugin import _FLAGS, register
 from tests.server.conftest import ADAPTER, HERE, MODEL
 
@@ -128,7 +130,23 @@ def test_a_good_configuration_passes() -> None:
     config = configure(*SMALL, *plugin())
     assert config.kv_transfer_config.kv_connector == CONNECTOR
     assert len(config.additional_config["deltamem"]["adapter"]) >= 32
+    assert config.additional_config["deltamem"]["code"] == code_fingerprint()
     assert "deltamem" in os.environ["VLLM_PLUGINS"].split(",")
+
+
+def test_what_another_version_has_compiled_is_not_found(tmp_path: Path) -> None:
+    """vLLM names a kept graph after this, among others."""
+    package = Path(deltamem_vllm.__file__).parent
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    before = code_fingerprint(copy)
+    assert before == code_fingerprint(package), "where it is installed makes no difference"
+    for name in ("compat.py", "memory/written.py", "ops/direct.py"):
+        file = copy / name
+        file.write_text(file.read_text() + "\n# another version\n")
+        after = code_fingerprint(copy)
+        assert after != before, name
+        before = after
 
 
 def test_without_the_plugin_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
