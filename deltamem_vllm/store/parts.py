@@ -212,7 +212,8 @@ def _load(data: bytes | memoryview, shape: Shape) -> list[Array]:
         raise CorruptRecord(f"payload is not safetensors: {error}") from None
     if tensors.keys() != set(STATES):
         raise CorruptRecord("payload must have exactly the tensors base and end")
-    for name, tensor in tensors.items():
+    for name in STATES:  # in this order: the library has one that changes from call to call
+        tensor = tensors[name]
         if tensor.dtype != np.float32 or tensor.shape != shape:
             raise CorruptRecord(f"{name} is {tensor.dtype} {tensor.shape}, not float32 {shape}")
     return [tensors[name] for name in STATES]

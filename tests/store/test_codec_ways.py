@@ -65,6 +65,12 @@ def test_fuzz_the_short_way_and_the_long_one_say_the_same(monkeypatch: pytest.Mo
         assert all(type(getattr(ours, name)) is type(getattr(theirs, name)) for name in Record.__struct_fields__)
 
 
+def test_of_two_states_that_do_not_fit_the_first_is_named() -> None:
+    """Each time: what is said of a record does not depend on the order in which a library hands its parts over."""
+    wrong = rebuild(encode(record(layout="L1H1r2")), metadata=lambda m: m.replace(b"L1H1r2", b"L1H3r2"))
+    assert {said_of(wrong) for _ in range(50)} == {"base is float32 (1, 1, 2, 2), not float32 (1, 3, 2, 2)"}
+
+
 def test_fuzz_catches_a_short_way_that_takes_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """PLANTED BUG: metadata in a form that we would not write."""
     spaced = rebuild(encode(record()), metadata=lambda m: m.replace(b'"tokens":10', b'"tokens": 10'))
