@@ -131,9 +131,8 @@ def taking(arms: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def mean(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of all rounds as one per measurement: means over starts of the medians of their rounds, since now and
-    then a neighbour of the machine slows one arm's seconds of a round down, by tenths; the memory's standard error; and
-    the rounds themselves."""
+    """The rows of all rounds as one per measurement: means over starts of the medians of their rounds, so that a round
+    that was disturbed does not outweigh the others; the memory's standard error; and the rounds themselves."""
     by_what: dict[str, list[dict[str, Any]]] = {}
     for each in rows:
         by_what.setdefault(each["what"], []).append({name: each[name] for name in each if name != "what"})

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor import config, metrics
-from torch._inductor.graph import GraphLowering
+from torch._inductor import metrics
 
 from deltamem_vllm.memory.correct import LARGEST_UNROLLED, correct
+from tests.memory.inductor import code_of
 
 HIDDEN, Q, KV, HEAD = 64, 128, 32, 32
 
@@ -60,24 +58,10 @@ def written(rank: int, memory: bool) -> tuple[int, int]:
     w = {"qkv": weight(Q + KV + 4 * rank, HIDDEN), "o": weight(HIDDEN, Q), "head_norm": weight(HEAD)}
     w |= {"norm": weight(HIDDEN), "for_q": weight(rank, Q), "for_o": weight(rank, HIDDEN)}
     inputs: list[Any] = [weight(4, HIDDEN), weight(4, HIDDEN), weight(4, 1, HEAD // 2)]
-    for tensor in inputs:
-        torch._dynamo.mark_dynamic(tensor, 0)
-    code = []
-
-    def write(graph: GraphLowering) -> SimpleNamespace:
-        code.append(graph.codegen()[0].value)
-        return SimpleNamespace(call=lambda _: [torch.empty_like(inputs[0])])
-
-    torch._dynamo.reset()
     metrics.reset()
-    with (
-        config.patch(force_disable_caches=True),
-        mock.patch.object(GraphLowering, "compile_to_module", write),
-        torch.no_grad(),
-    ):
-        torch.compile(layer, fullgraph=True)(*inputs, w, memory)
+    code = code_of(layer, (*inputs, w, memory), inputs, 1)
     call = r"^ +(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.[\w.]+)\("
-    return metrics.generated_kernel_count, len(re.findall(call, "".join(code), re.MULTILINE))
+    return metrics.generated_kernel_count, len(re.findall(call, code, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")

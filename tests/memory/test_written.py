@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor import config
-from torch._inductor.graph import GraphLowering
 
 from deltamem_vllm.memory import written
 from deltamem_vllm.memory.scan import scan_product
 from deltamem_vllm.ops.native import LayerRows, Product
+from tests.memory import inductor
 from tests.memory.worker import SHAPE
 
 PAGES = SimpleNamespace(place=5)
@@ -40,26 +38,8 @@ def code_of(
         return [each * 2 for each in (rows, reads, residual) if each is not None]
 
     results = 1 + (read is not None) + (residual_of is not None)
-    return compiled(layer, (torch.empty((4, HIDDEN), dtype=dtype), torch.empty((), dtype=torch.int64)), results)
-
-
-def compiled(function: Any, inputs: Sequence[Tensor], results: int) -> str:
-    """What Inductor writes for a function of any number of rows; nothing is run."""
-    torch._dynamo.mark_dynamic(inputs[0], 0)
-    code = []
-
-    def write(graph: GraphLowering) -> SimpleNamespace:
-        code.append(graph.codegen()[0].value)
-        return SimpleNamespace(call=lambda _: [torch.empty(4, 1)] * results)
-
-    torch._dynamo.reset()
-    with (
-        config.patch(force_disable_caches=True),
-        mock.patch.object(GraphLowering, "compile_to_module", write),
-        torch.no_grad(),
-    ):
-        torch.compile(function, fullgraph=True)(*inputs)
-    return "".join(code)
+    hidden, handler = torch.empty((4, HIDDEN), dtype=dtype), torch.empty((), dtype=torch.int64)
+    return inductor.code_of(layer, (hidden, handler), [hidden], results)
 
 
 def whole(hidden: Tensor) -> Tensor:
@@ -89,7 +69,7 @@ def test_a_layer_takes_over_what_the_layer_before_has_left(monkeypatch: pytest.M
     inputs = torch.empty(4, HIDDEN), torch.empty((), dtype=torch.int64), up, down
 
     def new(count: int) -> int:
-        return compiled(layers(count), inputs, 1).count("= empty_strided_cpu(")
+        return inductor.code_of(layers(count), inputs, inputs[:1], 1).count("= empty_strided_cpu(")
 
     each = new(5) - new(4)
     monkeypatch.setattr(written, "_keep_free_buffers", lambda residual: None)
